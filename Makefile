@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target that needs it makes.
+#   make demo       set up, then train the demo                         (about 10 minutes)
+#   make test       set up, then all checks and tests
+#   make accept     the demo on three seeds and its control, timed      (about 45 minutes)
+#   make rehearse   both commands in a fresh clone and a fresh environment
+# TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
+# PYTHON=python3.12 another interpreter
+
+VENV := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+READY := $(VENV)/.ready
+TORCH_INDEX ?=
+# Real text for tests, if it lies beside the checkout.
+export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
+
+.PHONY: setup demo test check accept rehearse clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements/torch.txt requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(PIP) install --quiet --no-deps --ignore-requires-python -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	$(VENV)/bin/launch demo $(ARGS)
+
+check: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check
+	$(VENV)/bin/python -m pytest -m "not accept" $(ARGS)
+
+accept: $(READY)
+	$(VENV)/bin/python -m pytest -m accept tests/e2e $(ARGS)
+
+rehearse:
+	.ci/rehearse
+
+clean:
+	rm -rf $(VENV) runs *.egg-info

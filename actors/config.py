@@ -1,0 +1,77 @@
+"""Configuration of the actors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+"""The values of the sampling filters that leave the model's distribution as it is."""
+
+
+class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """The SGLang server of one actor."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cpu` runs SGLang through our platform plug-in, on one thread."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, activations and key-value cache; `float32` is what equals the learner's exactly."""
+    max_running_requests: Count = 128
+    """Samples generated at the same time; more wait in the server."""
+    max_total_tokens: Count = 16384
+    """Tokens in the key-value cache, over all running samples."""
+    context_length: Count | None = None
+    """Longest prompt and answer together, tokens; absent: what the model's config says."""
+    start_timeout_s: Positive = 180.0
+    """Seconds from the start of the process to its first answer."""
+    request_timeout_s: Positive = 300.0
+    """Seconds for the samples of one prompt, waiting in the server included."""
+    update_timeout_s: Positive = 60.0
+    """Seconds for a new version; the samples under way are finished first."""
+    server_args: dict[str, str | int | float | bool] = {}
+    """More options of SGLang's server by their long names, such as `{"tp-size" = 4}`; `true` gives the
+    bare flag. They win over ours."""
+
+
+class SamplingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How answers are drawn: from the model's own distribution at a temperature, nothing cut away.
+
+    The record holds log-probabilities over the full vocabulary, which are those of the draw only then.
+    """
+
+    temperature: Positive = 1.0
+    max_new_tokens: Count = 64
+    """Longest answer, tokens; one that reaches it finishes as `length`."""
+    stop_token_ids: list[int] = []
+    """Tokens that end an answer besides the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on past end-of-sequence tokens; for measuring."""
+    top_p: float = 1.0
+    """Only 1."""
+    top_k: int = -1
+    """Only -1."""
+    min_p: float = 0.0
+    """Only 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse filters. Raises `ValueError` naming the field, which msgspec shows with its path."""
+        for field, neutral in NEUTRAL.items():
+            if (got := getattr(self, field)) != neutral:
+                raise ValueError(
+                    f"{field}: got {got}, expected {neutral}: the log-probabilities of a filtered draw are "
+                    f"not recorded, so the learner could not correct for it; remove {field}"
+                )
+
+
+class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """What an actor does with its leases."""
+
+    concurrency: Count = 4
+    """Groups an actor keeps in flight."""
+    sampling: SamplingConfig = SamplingConfig()
+    reward: str = "actors.rewards:gsm8k"
+    """The reward function, `module:function`."""

@@ -1,0 +1,277 @@
+"""An engine: the SGLang server of one actor, and what is asked of it.
+
+    engine = await Engine.start(folder, EngineConfig(), name="actor-0", seed=0, log=Path("engine.log"))
+    answers = await engine.generate([5, 6, 7], [1, 2, 3, 4], SamplingConfig())
+    await engine.stop()
+
+Whatever goes wrong is an `EngineError`, and nothing waits longer than its timeout in `EngineConfig`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from actors.config import EngineConfig, SamplingConfig
+from actors.errors import EngineError
+from actors.server import Server, command, environment, free_port
+from weightsync.manifest import Manifest
+
+POLL_S = 0.1
+"""How often a starting server is asked whether it is ready."""
+PROBE_S = 5.0
+"""How long `alive` waits for an answer."""
+
+Entry = tuple[float | None, int, str | None]
+"""SGLang's log-probability of one token: value, token id, text (always absent here)."""
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """One answer."""
+
+    tokens: list[int]
+    """Token ids; an end-of-sequence or stop token that ended the answer is the last of them."""
+    logprobs: list[float]
+    """Log-probability of each token over the full vocabulary, after temperature."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: an end-of-sequence or stop token; `length`: the token limit."""
+    version_label: str
+    """Label of the version the engine served when the answer was complete."""
+
+
+class Finish(msgspec.Struct):
+    """Why SGLang ended an answer."""
+
+    type: str
+    message: str = ""
+
+
+class Meta(msgspec.Struct):
+    """The parts of SGLang's `meta_info` that are read."""
+
+    finish_reason: Finish
+    weight_version: str
+    input_token_logprobs: list[Entry] = []
+    output_token_logprobs: list[Entry] = []
+
+
+class Answer(msgspec.Struct):
+    """One item of SGLang's answer to ``/generate``."""
+
+    output_ids: list[int]
+    meta_info: Meta
+
+
+class Engine:
+    """A running server with its HTTP client. Made by `start`; ended by `stop` or `kill`."""
+
+    def __init__(self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str]) -> None:
+        """Use `start`."""
+        self._server, self._config, self._keys = server, config, keys
+        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+
+    @classmethod
+    async def start(
+        cls,
+        model: Path,
+        config: EngineConfig,
+        *,
+        name: str,
+        seed: int,
+        log: Path,
+        load_format: Literal["dummy", "auto"] = "dummy",
+    ) -> Engine:
+        """Start a server on a free port of the loopback and wait until it answers.
+
+        Args:
+            model: Hugging Face folder; with `dummy` weights it needs no more than ``config.json``.
+            config: what to serve with.
+            name: of the actor, for messages.
+            seed: the server's own random seed; answers depend on the seeds of `generate` alone.
+            log: file for the server's output, replaced.
+            load_format: `dummy` fills in random weights, `auto` reads the folder's safetensors.
+
+        Raises `EngineError` with the last lines of the log; nothing of the server is left then.
+        """
+        if not (model / "config.json").is_file():
+            raise EngineError(
+                f"engine {name}: no config.json in {model}, expected a Hugging Face model folder"
+            )
+        port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
+        arguments = command(model, config, port=port, seed=seed, load_format=load_format, keys=keys)
+        server = await Server.start(name, log, arguments, environment(config))
+        engine = cls(server, config, f"http://127.0.0.1:{port}", keys)
+        try:
+            await engine._ready()
+        except BaseException:
+            await engine.stop()
+            raise
+        return engine
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, which is also its process group's."""
+        return self._server.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status of the server; None while it runs."""
+        return self._server.returncode
+
+    async def generate(
+        self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> list[Completion]:
+        """Answer one prompt once for each seed, in one call; the answers come in the order of the seeds.
+
+        A seed (0 <= seed < 2^63) repeats its answer under the same weights.
+        """
+        parameters = [
+            {
+                "temperature": sampling.temperature,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop_token_ids": sampling.stop_token_ids,
+                "ignore_eos": sampling.ignore_eos,
+                "sampling_seed": seed,
+            }
+            for seed in seeds
+        ]
+        answers = await self._generate([prompt] * len(parameters), parameters)
+        return [self._completion(answer) for answer in answers]
+
+    async def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """Log-probabilities of tokens 1.. of each sequence at temperature 1, float32 [T - 1] each."""
+        parameters = [{"temperature": 1.0, "max_new_tokens": 1, "sampling_seed": 0}] * len(sequences)
+        answers = await self._generate(sequences, parameters, logprob_start_len=0)
+        return [
+            np.array([value for value, *_ in answer.meta_info.input_token_logprobs[1:]], np.float32)
+            for answer in answers
+        ]
+
+    async def join_group(self, *, group: str, address: str, port: int) -> None:
+        """Meet the learner, which listens at `address`, in a two-rank gloo group; the engine is rank 1.
+
+        After a failure the engine may wait for the learner for ever: kill it.
+        """
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": 2,
+            "group_name": group,
+            "backend": "gloo",
+        }
+        await self._post("/init_weights_update_group", body, self._config.update_timeout_s)
+
+    async def update_weights(self, *, group: str, manifest: Manifest) -> None:
+        """Receive a version through the group as one broadcast, and serve it.
+
+        The server finishes the samples under way, holds new ones back meanwhile, and shows the label
+        in every answer from then on. After a failure the weights are unknown: kill the engine.
+        """
+        body = {
+            "names": [entry.name for entry in manifest.tensors],
+            "dtypes": [entry.dtype for entry in manifest.tensors],
+            "shapes": [entry.shape for entry in manifest.tensors],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "weight_version": manifest.label,
+            "flush_cache": False,
+        }
+        await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+
+    async def leave_group(self, *, group: str) -> None:
+        """Forget a group; its name cannot be used again."""
+        body = {"group_name": group}
+        await self._post("/destroy_weights_update_group", body, self._config.update_timeout_s)
+
+    async def alive(self) -> bool:
+        """Whether the server answers, generating or not."""
+        if self.returncode is not None:
+            return False
+        try:
+            await self._request("GET", "/model_info", None, PROBE_S)
+        except EngineError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the server's whole process group and remove its files."""
+        await self._http.close()
+        await self._server.stop()
+
+    def kill(self) -> None:
+        """End the server's process group at once; `stop` is still to be called."""
+        self._server.kill()
+
+    async def _ready(self) -> None:
+        """Wait until the server answers."""
+        deadline = asyncio.get_running_loop().time() + self._config.start_timeout_s
+        while not await self.alive():
+            if self.returncode is not None or asyncio.get_running_loop().time() > deadline:
+                raise self._server.failure()
+            await asyncio.sleep(POLL_S)
+
+    async def _generate(
+        self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
+    ) -> list[Answer]:
+        """One ``/generate`` call for a list of prompts, each with its sampling parameters."""
+        body = {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True, **options}
+        content = await self._post("/generate", body, self._config.request_timeout_s)
+        try:
+            answers = msgspec.json.decode(content, type=list[Answer])
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"engine {self._server.name}: /generate: {error}; is it SGLang 0.5.18?"
+            ) from error
+        if len(answers) != len(prompts):
+            raise EngineError(
+                f"engine {self._server.name}: /generate: got {len(answers)} answers, expected {len(prompts)}"
+            )
+        return answers
+
+    def _completion(self, answer: Answer) -> Completion:
+        """The answer as a completion, after checking that it is whole."""
+        meta = answer.meta_info
+        reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
+        if reason not in ("stop", "length"):
+            raise EngineError(
+                f"engine {self._server.name}: sample ended by {reason}: {meta.finish_reason.message}"
+            )
+        if [token for _, token, _ in logprobs] != answer.output_ids:
+            raise EngineError(
+                f"engine {self._server.name}: got log-probabilities of {len(logprobs)} tokens, expected those of "
+                f"the answer's {len(answer.output_ids)}"
+            )
+        return Completion(answer.output_ids, [value for value, *_ in logprobs], reason, meta.weight_version)
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
+        """POST with the admin key where the path asks for it."""
+        return await self._request("POST", path, msgspec.json.encode(body), timeout_s)
+
+    async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
+        """The body of a good answer."""
+        key = self._keys[0] if path in ("/generate", "/model_info") else self._keys[1]
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._http.request(
+                method, path, data=data, headers=headers, timeout=timeout
+            ) as answer:
+                content = await answer.read()
+        except TimeoutError as error:
+            raise EngineError(
+                f"engine {self._server.name}: {path}: no answer within {timeout_s:g} s; kill the engine"
+            ) from error
+        except aiohttp.ClientError as error:
+            raise EngineError(f"engine {self._server.name}: {path}: {error}; is the server gone?") from error
+        if answer.status != 200:
+            text = content[:300].decode(errors="replace")
+            raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
+        return content

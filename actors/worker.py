@@ -1,0 +1,257 @@
+"""An actor: one engine kept busy with leases.
+
+It needs nothing but the URL: configuration, model config and tokenizer come through Redis. The engine
+starts with dummy weights and gets no lease before it has been given a committed version. SIGTERM
+drains: groups in flight are finished, other leases handed back. If the engine fails, its process
+group is killed, and the actor joins again with a new one under a new epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import tokenizers
+import uvloop
+
+from actors.config import EngineConfig, RolloutConfig
+from actors.engine import Engine
+from actors.errors import ActorError, EngineError, RewardError
+from actors.publish import publish
+from actors.rewards import load_reward
+from actors.rollout import Recipe, rollout
+from actors.weights import WeightWorker
+from buffer.admission import Admit, Drop, Heartbeat, JoinActor, Lease
+from buffer.client import AsyncStream
+from buffer.config import StreamConfig
+from buffer.errors import Fenced, StreamError
+from buffer.ledger import Leave
+
+log = logging.getLogger("actor")
+
+_WAIT_S = 1
+_DRAIN_S = 20.0
+_RESTARTS = 5
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the run's configuration that concerns an actor."""
+
+    seed: int
+    stream: StreamConfig
+    rollout: RolloutConfig
+    engine: EngineConfig
+
+
+class Actor:
+    """One engine's life: from joining until the run ends, a stop, or the engine's failure."""
+
+    def __init__(self, stream: AsyncStream, name: str, settings: Settings, model: Path, logs: Path) -> None:
+        self._stream, self._name, self._settings = stream, name, settings
+        self._model, self._logs = model, logs
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(settings.rollout.concurrency)
+        self._state, self._version, self._requests = "starting", -1, 0
+        self._published = self._tokens = 0
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.epoch = ""
+        self.served = False
+        """Whether the engine ever came up; one that never did will not the next time either."""
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Serves until the run ends or `stop` is set. Raises `EngineError`, `StreamError`."""
+        joined = await self._stream.call(JoinActor(secrets.token_hex(16), self._name, socket.gethostname()))
+        self.epoch = joined.epoch
+        heartbeat = asyncio.create_task(self._beat(stop))
+        try:
+            await self._with_engine(stop, heartbeat)
+        finally:
+            heartbeat.cancel()
+            await asyncio.gather(heartbeat, return_exceptions=True)
+
+    async def _with_engine(self, stop: asyncio.Event, heartbeat: asyncio.Task[None]) -> None:
+        started = time.monotonic()
+        log_file = self._logs / f"{self._name}-engine.log"
+        engine = await Engine.start(
+            self._model, self._settings.engine, name=self._name, seed=self._settings.seed, log=log_file
+        )
+        log.info("engine ready after %.1f s, waiting for weights", time.monotonic() - started)
+        self._state, self.served = "running", True
+        weights = WeightWorker(
+            self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
+        )
+        halted = asyncio.create_task(stop.wait())
+        loops = [heartbeat, asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine))]
+        try:
+            await asyncio.wait([*loops, halted, self._failed], return_when=asyncio.FIRST_COMPLETED)
+            for task in [*loops, self._failed]:
+                if task.done():
+                    task.result()
+            self._state = "draining"
+            loops[-1].cancel()
+            await self._drain()
+        except EngineError:
+            engine.kill()
+            raise
+        finally:
+            for task in [*loops[1:], halted, *self._tasks.values()]:
+                task.cancel()
+            await asyncio.gather(*loops[1:], halted, *self._tasks.values(), return_exceptions=True)
+            await engine.stop()
+
+    def _on_applied(self, version: int) -> None:
+        self._version = version
+
+    async def _lease(self, engine: Engine) -> None:
+        """Keeps `concurrency` groups in flight."""
+        recipe = self._recipe()
+        while True:
+            await self._slots.acquire()
+            self._requests += 1
+            lease = await self._stream.call(
+                Admit(self._name, self.epoch, self._requests, secrets.token_hex(16))
+            )
+            if lease.status == "lease":
+                self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
+            else:
+                self._slots.release()
+                await self._stream.take(self._stream.key("places"), _WAIT_S)
+
+    def _recipe(self) -> Recipe:
+        tokenizer = tokenizers.Tokenizer.from_file(str(self._model / "tokenizer.json"))
+        return Recipe(
+            actor=self._name,
+            actor_epoch=int(self.epoch.partition(":")[0]),
+            run_seed=self._settings.seed,
+            group_size=self._settings.stream.group_size,
+            sampling=self._settings.rollout.sampling,
+            reward=load_reward(self._settings.rollout.reward),
+            decode=tokenizer.decode,
+        )
+
+    async def _work(self, engine: Engine, lease: Lease, recipe: Recipe) -> None:
+        """One lease to its end: published, or handed back with the reason."""
+        reason = "released"
+        try:
+            group = await rollout(engine, lease, recipe)
+            answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
+            reason = ""
+            if answer.status == "ok":
+                self._published += 1
+                self._tokens += sum(sample.answer_length for sample in group.samples)
+            else:
+                log.warning("group %s was %s: %s", lease.group, answer.status, answer.reason)
+        except RewardError as error:
+            reason = "reward"
+            log.error("group %s: %s", lease.group, error)
+        except EngineError as error:
+            reason = "engine"
+            if not self._failed.done():
+                self._failed.set_exception(error)
+        except StreamError as error:
+            if not self._failed.done():
+                self._failed.set_exception(error)
+        finally:
+            del self._tasks[lease.token]
+            self._slots.release()
+            if reason in ("reward", "engine"):
+                await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))
+
+    async def _beat(self, stop: asyncio.Event) -> None:
+        """Renews the leases in flight and hears whether the run goes on."""
+        while True:
+            stats = {
+                "in_flight": len(self._tasks),
+                "published": self._published,
+                "answer_tokens": self._tokens,
+            }
+            tokens = tuple(self._tasks)
+            call = Heartbeat(self._name, self.epoch, self._state, msgspec.json.encode(stats).decode(), tokens)
+            beat = await self._stream.call(call)
+            for token in beat.lost:
+                if token in self._tasks:
+                    log.warning("lease %s is gone, its group is given up", token.partition(":")[0])
+                    self._tasks[token].cancel()
+            if beat.ended and not stop.is_set():
+                log.info("the run has ended: %s", beat.ended)
+                stop.set()
+            await asyncio.sleep(self._settings.stream.lease_s / 3.3)
+
+    async def _drain(self) -> None:
+        """Finishes what is in flight within the deadline; what is left goes back to the queue."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=_DRAIN_S)
+        left = await self._stream.call(Leave("actor", self._name, self.epoch))
+        log.info("left: %d groups published, %d leases handed back", self._published, left.released)
+
+
+async def fetch_run(stream: AsyncStream, folder: Path, stop: asyncio.Event) -> Settings | None:
+    """Waits for the run's configuration and model files; None if `stop` was set first."""
+    told = False
+    while not stop.is_set():
+        config = await stream.redis.get(stream.key("config"))
+        files = await stream.redis.hgetall(stream.key("files"))
+        if config and files:
+            for name, content in files.items():
+                (folder / name.decode()).write_bytes(content)
+            return msgspec.json.decode(config, type=Settings)
+        if not told:
+            log.info("waiting for the learner of run %s", stream.run)
+            told = True
+        await asyncio.sleep(0.5)
+    return None
+
+
+async def run_actor(url: str, run: str, name: str, logs: Path) -> None:
+    """An actor from start to end; engines that fail are replaced, up to a few times."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stream = AsyncStream.connect(url, run)
+    with tempfile.TemporaryDirectory(prefix="slipstream-actor-") as folder:
+        settings = await fetch_run(stream, Path(folder), stop)
+        for attempt in range(_RESTARTS):
+            if settings is None or stop.is_set():
+                break
+            actor = Actor(stream, name, settings, Path(folder), logs)
+            try:
+                await actor.serve(stop)
+                break
+            except EngineError as error:
+                if not actor.served or attempt == _RESTARTS - 1:
+                    raise
+                log.error("engine lost, starting another: %s", error)
+    await stream.close()
+
+
+def main() -> int:
+    """Entry point of the actor process: `python -m actors.worker --run R --name N --logs DIR`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--logs", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level="INFO", format=f"%(asctime)s {args.name}: %(message)s")
+    try:
+        uvloop.run(run_actor(os.environ["SLIPSTREAM_REDIS"], args.run, args.name, args.logs))
+    except Fenced as error:
+        log.error("another process took this actor's name: %s", error)
+        return 1
+    except (ActorError, StreamError) as error:
+        log.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The replay stream: records, codec, and the control plane in Redis. Imports no torch."""

@@ -1,0 +1,67 @@
+"""Every key of a run in Redis: the one table. `functions.lua` lists the same keys in its header.
+
+All carry the run's name in braces, so that a run lives in one cluster slot. Everything but the
+payloads and the prompts is readable with `redis-cli`: hashes of plain integers, or JSON.
+
+    >>> key("demo", "counts")
+    '{demo}:counts'
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+RUNS = "runs"
+"""Set of the names of the runs on a server."""
+
+
+class Key(msgspec.Struct, frozen=True):
+    """A row of the table."""
+
+    name: str
+    type: str
+    owner: str
+    """Who writes it: the function library, or a role by plain commands."""
+    lifetime: str
+    holds: str
+
+
+KEYS = (
+    Key(
+        "state", "hash", "functions", "run", "settings, head, version, lineage, the run's clock, how it ended"
+    ),
+    Key("step", "string", "functions", "run", "the newest committed version"),
+    Key("counts", "hash", "functions", "run", "the ledger, by state and reason"),
+    Key("staleness", "hash", "functions", "run", "trained groups by staleness in steps"),
+    Key("outstanding", "hash", "functions", "run", "groups leased or queued by deadline"),
+    Key("leases", "zset", "functions", "while leased", "lease token by expiry, ms on the run's clock"),
+    Key("leased", "hash", "functions", "while leased", "lease token -> the lease (JSON)"),
+    Key("ready", "zset", "functions", "while queued", "group id by deadline"),
+    Key("groups", "hash", "functions", "until covered", "group id -> entry, deadline, version_min (JSON)"),
+    Key("manifests", "hash", "functions", "until covered", "step -> its groups (JSON)"),
+    Key("prompts", "list", "functions", "while queued", "position and attempt of queued prompts"),
+    Key("prompt", "hash", "functions", "until covered", "position -> prompt record (msgpack)"),
+    Key("versions", "hash", "functions", "run", "committed version -> digest"),
+    Key("actors", "hash", "functions", "while joined", "actor -> its record (JSON)"),
+    Key("answers", "hash", "functions", "while joined", "actor -> its last admission, for a repeat"),
+    Key("epochs", "hash", "functions", "run", "role -> the epoch that may write"),
+    Key("places", "list", "functions", "run", "wake-ups for actors waiting for a place"),
+    Key("bell", "list", "functions", "run", "wake-up for the learner"),
+    Key("dead", "stream", "functions", "run", "retired prompts with their reason"),
+    Key("stream", "stream", "actors", "until covered", "payloads, one entry a group"),
+    Key("config", "string", "learner", "run", "the run's resolved configuration (JSON)"),
+    Key("files", "hash", "learner", "run", "model config and tokenizer files by name"),
+    Key("progress", "hash", "learner", "run", "figures of the newest step"),
+    Key("mail", "list", "learner", "while joined", "with `:<actor>`: requests to its weight worker (JSON)"),
+    Key("scores", "list", "actors", "10 minutes", "with `:<actor>`: its answers to score requests (JSON)"),
+    Key("actor_numbers", "string", "launch actors", "run", "how many actor names were given out"),
+    Key("stop", "string", "launch stop", "run", "set: no more leases, the learner ends after its step"),
+)
+
+_NAMES = frozenset(row.name for row in KEYS)
+
+
+def key(run: str, name: str) -> str:
+    """The full name of a run's key; `name` up to a colon must stand in the table."""
+    assert name.partition(":")[0] in _NAMES, name
+    return f"{{{run}}}:{name}"

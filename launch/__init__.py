@@ -1,0 +1,1 @@
+"""The command line: composes configuration, starts and watches processes, summarises runs."""

@@ -1,0 +1,107 @@
+"""The command `launch`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from buffer.errors import StreamError
+from launch import commands
+from launch.errors import LaunchError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options; `tests/unit/launch/test_options.py` freezes them."""
+    parser = argparse.ArgumentParser(
+        prog="launch", description="Slipstream: asynchronous GRPO with a proven staleness bound."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(
+        subparsers, "demo", commands.demo, "the whole system on this machine, from a random model"
+    )
+    _run_options(demo)
+    demo.add_argument("--data", metavar="FILE", help="questions to train on: JSONL in GSM8K's schema")
+    demo.add_argument("--name", help="name of the run (default: demo)")
+    demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
+    demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")
+
+    learner = _command(subparsers, "learner", commands.learner, "train a run; needs a Redis")
+    _run_options(learner)
+    _redis_option(learner)
+
+    actors = _command(
+        subparsers, "actors", commands.actors, "generate for a run; needs nothing but the Redis URL"
+    )
+    actors.add_argument("--count", type=int, default=1, metavar="N", help="actors to start (default: 1)")
+    actors.add_argument("--run", help="name of the run (default: the only one)")
+    _redis_option(actors)
+
+    redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
+    redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
+    redis.add_argument("--folder", type=Path, default=Path("runs/redis"), help="where it keeps its data")
+
+    sft = _command(subparsers, "sft", commands.sft, "supervised warm-up on a data set's own answers")
+    _run_options(sft)
+    sft.add_argument("--out", type=Path, required=True, help="folder for the trained checkpoint")
+
+    data = _command(subparsers, "data", commands.data, "write arithmetic questions in GSM8K's schema")
+    data.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and held_out.jsonl")
+    data.add_argument("--seed", type=int, default=0)
+
+    model = _command(subparsers, "model", commands.model, "make a tiny Qwen3 checkpoint with random weights")
+    model.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    model.add_argument("--seed", type=int, default=0)
+
+    status = _command(subparsers, "status", commands.status, "a run as Redis knows it")
+    stop = _command(subparsers, "stop", commands.stop, "end a run after the step under way")
+    for command in (status, stop):
+        command.add_argument("--run", help="name of the run (default: the only one)")
+        _redis_option(command)
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(subparsers: Any, name: str, function: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=text, description=text)
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="FILE", help="TOML file; later ones win"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object, last line")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="such as optimizer.lr=1e-4"
+    )
+
+
+def _redis_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="URL of the Redis (default: SLIPSTREAM_REDIS, else the newest runs/*/redis.url)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; errors of ours are one line on standard error and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (LaunchError, StreamError) as error:
+        print(f"launch {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What each command of `launch` does. Imports stay inside, so that `launch status` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from launch.config import RunConfig
+    from launch.summary import Summary
+
+
+def demo(args: argparse.Namespace) -> int:
+    """The whole system on this machine."""
+    from launch.demo import adapt_to_data, demo_file, run_demo
+
+    chosen = {"name": args.name, "seed": args.seed}
+    if args.data:
+        chosen |= adapt_to_data(args.data)
+    overrides = [f"{field}={value}" for field, value in chosen.items() if value is not None]
+    config = _config(args, [demo_file()], overrides)
+    if config is None:
+        return 0
+    return _finish(run_demo(config, args.actors), args.json)
+
+
+def learner(args: argparse.Namespace) -> int:
+    """Trains a run on a Redis that is there."""
+    from buffer.client import Stream
+    from launch.local import Interrupt, follow, run_folder, start_learner
+    from launch.summary import conclude
+    from launch.supervise import Supervisor
+
+    config = _config(args, [], [])
+    if config is None:
+        return 0
+    url, began, interrupt = _url(args, config.redis.url), time.monotonic(), Interrupt()
+    stream = Stream.connect(url, config.name)
+    with Supervisor() as children:
+        process = start_learner(children, config, url, run_folder(config.name))
+        ledger = follow(stream, process, [], interrupt)
+    return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
+
+
+def actors(args: argparse.Namespace) -> int:
+    """Generates for a run, waiting for it if need be, until it ends."""
+    from launch.local import Interrupt, run_actors
+
+    if args.count < 1:
+        raise LaunchError(f"--count: got {args.count}, expected 1 or more")
+    return run_actors(_url(args, ""), args.run, args.count, Interrupt())
+
+
+def redis(args: argparse.Namespace) -> int:
+    """A private Redis until Ctrl-C."""
+    from buffer.local_server import LocalServer, url_file
+    from launch.local import Interrupt
+
+    interrupt = Interrupt()
+    with LocalServer.start(args.folder, port=args.port) as server, url_file(args.folder, server.url):
+        print(server.url, flush=True)
+        print(f"data in {args.folder}; end it with Ctrl-C", file=sys.stderr)
+        while not interrupt.asked and server.process.poll() is None:
+            time.sleep(0.2)
+    return 0
+
+
+def sft(args: argparse.Namespace) -> int:
+    """A supervised warm-up; its progress goes to standard error."""
+    import subprocess
+    import tempfile
+
+    import msgspec
+
+    from launch.config import to_json
+    from learner.config import SftConfig
+
+    config = _config(args, [], [])
+    if config is None:
+        return 0
+    if config.sft is None:
+        config = msgspec.structs.replace(config, sft=SftConfig())
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(to_json(config))
+        file.flush()
+        argv = [sys.executable, "-m", "learner.warmup", "--config", file.name, "--out", str(args.out)]
+        return subprocess.run(argv, check=False).returncode
+
+
+def data(args: argparse.Namespace) -> int:
+    """Arithmetic questions in GSM8K's schema."""
+    from launch.arithmetic import write_arithmetic
+
+    for path in write_arithmetic(args.out, seed=args.seed):
+        print(path)
+    return 0
+
+
+def model(args: argparse.Namespace) -> int:
+    """A tiny checkpoint with random weights."""
+    from launch.tiny_model import make_tiny_qwen3
+
+    print(make_tiny_qwen3(args.out, seed=args.seed))
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """A run as Redis knows it."""
+    import msgspec
+
+    from launch.status import find_run, read_status, render
+
+    found = read_status(find_run(_url(args, ""), args.run))
+    print(msgspec.json.encode(found).decode() if args.json else render(found))
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Ends a run after the step under way, and waits until learner and actors have left."""
+    from launch.local import stop_run
+    from launch.status import find_run
+
+    stop_run(find_run(_url(args, ""), args.run))
+    return 0
+
+
+def _config(args: argparse.Namespace, files: list[Path], overrides: list[str]) -> RunConfig | None:
+    """The resolved configuration; None if it was only to be shown."""
+    from launch.config import load, to_json
+
+    config = load([*files, *args.config], [*overrides, *args.overrides])
+    if args.dry_run:
+        print(to_json(config).decode())
+        return None
+    return config
+
+
+def _url(args: argparse.Namespace, configured: str) -> str:
+    """The server's URL: option, configuration, environment, or the newest local one."""
+    named = args.redis if hasattr(args, "redis") and args.redis else configured
+    if named or os.environ.get("SLIPSTREAM_REDIS"):
+        return named or os.environ["SLIPSTREAM_REDIS"]
+    files = sorted(Path("runs").glob("*/redis.url"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise LaunchError(
+            "no Redis: give --redis URL, set SLIPSTREAM_REDIS, or start one with `launch redis`"
+        )
+    return files[-1].read_text().strip()
+
+
+def _finish(summary: Summary | None, as_json: bool) -> int:
+    """Prints the summary, as a page or as the last line; 1 if the ledger does not add up."""
+    import msgspec
+
+    from launch.summary import render
+
+    if summary is None:
+        print("stopped before the run began", file=sys.stderr)
+        return 1
+    print(msgspec.json.encode(summary).decode() if as_json else render(summary))
+    return 0 if summary.conserved else 1

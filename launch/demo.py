@@ -1,0 +1,79 @@
+"""`launch demo`: the whole system on one machine, from a random model to a trained one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+
+from buffer.client import Stream
+from buffer.local_server import LocalServer, url_file
+from launch.arithmetic import write_arithmetic
+from launch.config import RunConfig
+from launch.errors import LaunchError
+from launch.local import Interrupt, actor_names, follow, run_folder, start_actor, start_learner
+from launch.summary import Summary, conclude
+from launch.supervise import Supervisor
+from launch.tiny_model import make_tiny_qwen3
+
+
+def prepare(config: RunConfig) -> RunConfig:
+    """Makes the demo's model and, unless `data.path` is set, its data set; the configuration with both."""
+    folder = run_folder(config.name)
+    model, data = config.model, config.data
+    if not model.path:
+        made = make_tiny_qwen3(folder / "model", seed=config.seed)
+        model = msgspec.structs.replace(model, path=str(made))
+    if not data.path:
+        train, held_out = write_arithmetic(folder / "data", seed=config.seed)
+        data = msgspec.structs.replace(data, path=str(train), held_out=str(held_out))
+    return msgspec.structs.replace(config, model=model, data=data)
+
+
+def run_demo(config: RunConfig, actors: int) -> Summary | None:
+    """Runs to the end, or to Ctrl-C; the summary, None if the run was stopped before it began.
+
+    Raises `LaunchError`, `StreamError`.
+    """
+    if actors < 1:
+        raise LaunchError(f"--actors: got {actors}, expected 1 or more")
+    began, interrupt, redis = time.monotonic(), Interrupt(), config.redis
+    folder = run_folder(config.name)
+    config = prepare(config)
+    with (
+        LocalServer.start(folder / "redis", port=redis.port, appendfsync=redis.appendfsync) as server,
+        url_file(folder, server.url) as url,
+        Supervisor() as children,
+    ):
+        print(f"run {config.name}: files in {folder}, Redis URL in {url}", file=sys.stderr)
+        stream = Stream.connect(server.socket_url, config.name)
+        learner = start_learner(children, config, server.socket_url, folder)
+        names = actor_names(stream.redis, config.name, actors)
+        workers = [
+            start_actor(children, config.name, name, server.socket_url, folder / "logs") for name in names
+        ]
+        ledger = follow(stream, learner, workers, interrupt)
+        children.stop(workers)
+    return conclude(config, ledger, time.monotonic() - began)
+
+
+def demo_file() -> Path:
+    """The demo's configuration."""
+    return Path(str(files("launch").joinpath("demo.toml")))
+
+
+def adapt_to_data(path: str) -> dict[str, str]:
+    """What changes when the demo's tiny model is asked somebody's own questions, such as GSM8K's.
+
+    It cannot learn the reasoning, so it is shown, and asked for, final answers only; the warm-up ends
+    after a number of steps, since the accuracy it stops at otherwise is out of reach.
+    """
+    return {
+        "data.path": path,
+        "sft.demonstrate": "final",
+        "sft.batch": "32",
+        "sft.max_steps": "60",
+    }

@@ -1,0 +1,176 @@
+"""A run on this machine: the learner's and the actors' processes, followed until the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import redis
+
+from buffer.client import Stream, connect
+from buffer.errors import NoRun, RedisUnavailable, StreamError
+from buffer.keys import key
+from buffer.ledger import Ledger, Snapshot
+from launch.config import RunConfig, to_json
+from launch.errors import LaunchError
+from launch.status import find_run, of_ledger, progress_line
+from launch.supervise import Child, Supervisor
+
+_LOOK_S = 0.5
+_QUIET_S = 15.0
+"""Between two progress lines where the output is no terminal."""
+
+
+def run_folder(name: str) -> Path:
+    """Where a run leaves its files: `runs/<name>`."""
+    return Path("runs") / name
+
+
+def process_environment(url: str) -> dict[str, str]:
+    """The environment of a worker: the server's URL, out of sight of `ps`, and one thread a process."""
+    return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def start_learner(children: Supervisor, config: RunConfig, url: str, folder: Path) -> Child:
+    """Starts the learner's process; it reads `config.json` of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(to_json(config))
+    argv = [sys.executable, "-m", "learner.worker", "--folder", str(folder)]
+    return children.start("learner", argv, process_environment(url), folder / "logs" / "learner.log")
+
+
+def start_actor(children: Supervisor, run: str, name: str, url: str, logs: Path) -> Child:
+    """Starts an actor's process."""
+    argv = [sys.executable, "-m", "actors.worker", "--run", run, "--name", name, "--logs", str(logs)]
+    return children.start(name, argv, process_environment(url), logs / f"{name}.log")
+
+
+def actor_names(client: redis.Redis, run: str, count: int) -> list[str]:
+    """`count` names that no actor of the run has had."""
+    last = int(client.incrby(key(run, "actor_numbers"), count))
+    return [f"actor-{number}" for number in range(last - count, last)]
+
+
+class Interrupt:
+    """Counts Ctrl-C and SIGTERM: the first asks for an orderly end, the third ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+        if self.asked > 2:
+            raise KeyboardInterrupt
+
+
+class Progress:
+    """The live line: rewritten in place on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._last, self._shown = 0.0, ""
+
+    def show(self, text: str) -> None:
+        """Shows a line if it is time to."""
+        pause = _LOOK_S if sys.stderr.isatty() else _QUIET_S
+        if text != self._shown and time.monotonic() - self._last >= pause:
+            print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end="", file=sys.stderr)
+            print("" if sys.stderr.isatty() else "\n", end="", file=sys.stderr, flush=True)
+            self._last, self._shown = time.monotonic(), text
+
+    def close(self) -> None:
+        """Ends the line."""
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def follow(stream: Stream, learner: Child, actors: Sequence[Child], interrupt: Interrupt) -> Ledger | None:
+    """Shows progress until the learner's process ends; the last snapshot, None if there never was a run.
+
+    Raises `LaunchError` if the learner, or every actor, fails.
+    """
+    progress, ledger, told = Progress(), None, False
+    lost: set[str] = set()
+    while learner.returncode is None:
+        if interrupt.asked and not told:
+            print("\nstopping after this step ...", file=sys.stderr)
+            stream.redis.set(stream.key("stop"), "asked")
+            learner.process.terminate()
+            told = True
+        ledger = _look(stream) or ledger
+        progress.show(progress_line(of_ledger(stream.run, ledger)) if ledger else "starting ...")
+        for actor in actors:
+            if actor.returncode and actor.name not in lost:
+                lost.add(actor.name)
+                print(f"\n{actor.name} has ended ({actor.returncode}): {actor.last_words()}", file=sys.stderr)
+        if actors and len(lost) == len(actors):
+            raise LaunchError(f"no actor is left; {actors[0].last_words()}  (logs: {actors[0].log.parent})")
+        time.sleep(_LOOK_S)
+    progress.close()
+    if learner.returncode:
+        raise LaunchError(f"learner: {learner.last_words()}  (log: {learner.log})")
+    return _look(stream) or ledger
+
+
+def _look(stream: Stream) -> Ledger | None:
+    try:
+        return stream.call(Snapshot())
+    except NoRun:
+        return None
+    except StreamError as error:
+        raise LaunchError(str(error)) from error
+
+
+def run_actors(url: str, run: str | None, count: int, interrupt: Interrupt) -> int:
+    """Starts `count` actors of a run, waiting for the run if need be; 0 when all have left in order."""
+    name = _await_run(url, run, interrupt)
+    if name is None:
+        return 0
+    logs = run_folder(name) / "logs"
+    client = connect(url)
+    with Supervisor() as children:
+        actors = [start_actor(children, name, actor, url, logs) for actor in actor_names(client, name, count)]
+        print(f"run {name}: {', '.join(actor.name for actor in actors)} (logs: {logs})", file=sys.stderr)
+        while not interrupt.asked and any(actor.returncode is None for actor in actors):
+            time.sleep(_LOOK_S)
+        children.stop(actors)
+    failed = [actor for actor in actors if actor.returncode]
+    for actor in failed:
+        print(f"{actor.name} ended with {actor.returncode}: {actor.last_words()}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _await_run(url: str, run: str | None, interrupt: Interrupt) -> str | None:
+    """The name of the run to join, once there is one; None if interrupted first."""
+    told = False
+    while not interrupt.asked:
+        try:
+            return find_run(url, run).run
+        except NoRun as error:
+            if not told:
+                print(f"waiting for a learner: {error}", file=sys.stderr)
+                told = True
+            time.sleep(_LOOK_S)
+    return None
+
+
+def stop_run(stream: Stream, timeout_s: float = 120.0) -> None:
+    """Asks a run to end and waits until the learner and the live actors have left. Raises `LaunchError`."""
+    stream.redis.set(stream.key("stop"), "asked")
+    print(f"stopping run {stream.run} after the step under way ...", file=sys.stderr)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            ledger = stream.call(Snapshot())
+        except RedisUnavailable:
+            return  # a demo takes its Redis with it
+        if ledger.state["ended"] and not any(ledger.alive(name) for name in ledger.actors):
+            return
+        time.sleep(_LOOK_S)
+    raise LaunchError(f"run {stream.run} has not ended after {timeout_s:.0f} s; see `launch status`")

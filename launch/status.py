@@ -1,0 +1,171 @@
+"""A run as Redis knows it: the figures behind `launch status` and the progress line."""
+
+from __future__ import annotations
+
+import msgspec
+import redis
+
+from buffer.client import Stream, connect, shown
+from buffer.errors import NoRun
+from buffer.keys import RUNS, key
+from buffer.ledger import Ledger, Snapshot
+from launch.errors import LaunchError
+
+
+class GroupCounts(msgspec.Struct, frozen=True):
+    """The ledger, in groups."""
+
+    admitted: int
+    leased: int
+    queued: int
+    assigned: int
+    trained: int
+    dropped: dict[str, int]
+
+
+class ActorStatus(msgspec.Struct, frozen=True):
+    """An actor of the run."""
+
+    name: str
+    state: str
+    """`starting`, `running`, `draining`, or `silent` without a heartbeat for a lease's length."""
+    version: int
+    published: int
+    in_flight: int
+    silent_s: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    """A run at one instant."""
+
+    run: str
+    phase: str
+    """`warm-up`, `training`, `stopping`, or why it ended."""
+    step: int
+    """Optimizer steps done, the newest committed version."""
+    max_steps: int
+    head: int
+    """The next step to assign."""
+    reward: float | None
+    """Mean reward of the newest step's groups."""
+    staleness_mean: float | None
+    """Over all trained groups, in steps."""
+    staleness_max: int | None
+    max_staleness: int
+    """The bound, eta."""
+    tokens_per_second: float | None
+    groups: GroupCounts
+    conserved: bool
+    """Whether admitted = leased + queued + assigned + trained + dropped."""
+    actors: list[ActorStatus]
+
+
+def read_status(stream: Stream) -> Status:
+    """The status of a run, from one atomic snapshot. Raises `NoRun`, `RedisUnavailable`."""
+    return of_ledger(stream.run, stream.call(Snapshot()))
+
+
+def of_ledger(run: str, ledger: Ledger) -> Status:
+    """The status that a snapshot shows."""
+    counts = ledger.counts
+    trained = sum(ledger.staleness.values())
+    weighted = sum(steps * groups for steps, groups in ledger.staleness.items())
+    return Status(
+        run=run,
+        phase=_phase(ledger),
+        step=max(ledger.number("version"), 0),
+        max_steps=ledger.number("max_steps"),
+        head=ledger.number("head"),
+        reward=_figure(ledger, "reward_mean"),
+        staleness_mean=weighted / trained if trained else None,
+        staleness_max=max(ledger.staleness) if trained else None,
+        max_staleness=ledger.number("eta"),
+        tokens_per_second=_figure(ledger, "tokens_per_second"),
+        groups=GroupCounts(
+            counts.admitted, counts.leased, counts.queued, counts.assigned, counts.trained, counts.dropped
+        ),
+        conserved=counts.conserved,
+        actors=[_actor(ledger, name) for name in ledger.actors],
+    )
+
+
+def _actor(ledger: Ledger, name: str) -> ActorStatus:
+    record = ledger.actors[name]
+    return ActorStatus(
+        name=name,
+        state=record.state if ledger.alive(name) else "silent",
+        version=record.version,
+        published=int(record.stats.get("published", 0)),
+        in_flight=int(record.stats.get("in_flight", 0)),
+        silent_s=ledger.silent_s(name),
+    )
+
+
+def _phase(ledger: Ledger) -> str:
+    if ledger.state["ended"]:
+        return ledger.state["ended"]
+    if ledger.sizes["stopping"]:
+        return "stopping"
+    return "training" if ledger.number("version") >= 0 else "warm-up"
+
+
+def _figure(ledger: Ledger, name: str) -> float | None:
+    return float(ledger.progress[name]) if name in ledger.progress else None
+
+
+def render(status: Status) -> str:
+    """The status as a page of text."""
+    groups = status.groups
+    dropped = ", ".join(f"{count} {reason}" for reason, count in groups.dropped.items()) or "0"
+    lines = [
+        f"run        {status.run}: {status.phase}",
+        f"step       {status.step} of {status.max_steps}",
+        f"reward     {_shown(status.reward, '.3f')}",
+        f"staleness  mean {_shown(status.staleness_mean, '.2f')}, max {_shown(status.staleness_max, 'd')}, "
+        f"bound {status.max_staleness}",
+        f"groups     {groups.admitted} admitted = {groups.leased} leased + {groups.queued} queued + "
+        f"{groups.assigned} assigned + {groups.trained} trained + {dropped} dropped"
+        + ("" if status.conserved else "   NOT CONSERVED"),
+        f"tokens/s   {_shown(status.tokens_per_second, '.0f')}",
+    ]
+    for actor in status.actors:
+        lines.append(
+            f"{actor.name:<10} {actor.state}, version {actor.version}, {actor.published} groups published, "
+            f"{actor.in_flight} in flight, heard {actor.silent_s:.1f} s ago"
+        )
+    return "\n".join(lines if status.actors else [*lines, "no actor has joined"])
+
+
+def progress_line(status: Status) -> str:
+    """The status in one line."""
+    versions = " ".join(str(actor.version) for actor in status.actors) or "none"
+    return (
+        f"{status.phase} {status.step}/{status.max_steps} | reward {_shown(status.reward, '.3f')} | "
+        f"staleness {_shown(status.staleness_mean, '.2f')} (max {_shown(status.staleness_max, 'd')}, "
+        f"bound {status.max_staleness}) | queued {status.groups.queued} | "
+        f"{_shown(status.tokens_per_second, '.0f')} tok/s | actors at {versions}"
+    )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def find_run(url: str, name: str | None) -> Stream:
+    """The named run, or the only one on the server that has not ended. Raises `LaunchError`, `NoRun`."""
+    client = connect(url)
+    names = sorted(run.decode() for run in client.smembers(RUNS))
+    if name is None:
+        going = [run for run in names if not _ended(client, run)] or names
+        if not going:
+            raise NoRun(f"no run on {shown(url)}; start one with `launch learner`")
+        if len(going) > 1:
+            raise LaunchError(f"several runs on {shown(url)}: {', '.join(going)}; choose one with --run")
+        name = going[0]
+    elif name not in names:
+        raise NoRun(f"no run {name} on {shown(url)}; it has {', '.join(names) or 'none'}")
+    return Stream(client, name)
+
+
+def _ended(client: redis.Redis, run: str) -> bool:
+    return bool(client.hget(key(run, "state"), "ended"))

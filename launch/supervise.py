@@ -1,0 +1,95 @@
+"""Processes of this machine: started with a log each, watched, and ended without leaving any behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+_PR_SET_PDEATHSIG = 1
+DRAIN_S = 30.0
+"""How long a process may take to end in order before it is killed."""
+
+
+class Child:
+    """A process in a session of its own."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.process, self.log = name, process, log
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, negative for a signal, None while it runs."""
+        return self.process.poll()
+
+    def last_words(self) -> str:
+        """The last line of its log, or how it was ended."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        said = lines[-1] if lines else "it said nothing"
+        if self.returncode == -signal.SIGKILL:
+            said = f"it was killed, perhaps for want of memory; its last line: {said}"
+        return said
+
+
+class Supervisor:
+    """Starts children and ends all of them when it closes.
+
+    Worked example::
+
+        with Supervisor() as children:
+            learner = children.start("learner", ["python", "-m", "learner.worker"], {}, Path("learner.log"))
+            learner.process.wait()
+        # whatever still ran has had SIGTERM, then, after DRAIN_S, SIGKILL
+    """
+
+    def __init__(self) -> None:
+        self.children: list[Child] = []
+
+    def start(self, name: str, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> Child:
+        """Starts a process; its output goes to `log`."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+        child = Child(name, process, log)
+        self.children.append(child)
+        return child
+
+    def stop(self, children: Sequence[Child], timeout_s: float = DRAIN_S) -> None:
+        """SIGTERM to all, then SIGKILL to the process groups of those that stay."""
+        for child in children:
+            if child.returncode is None:
+                child.process.terminate()
+        deadline = time.monotonic() + timeout_s
+        for child in children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(child.process.pid, signal.SIGKILL)
+                child.process.wait()
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(self.children)
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to send SIGTERM when the parent dies, so that kill -9 leaves nothing behind (Linux)."""
+    if os.uname().sysname == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,64 @@
+"""Rewards into advantages: pure functions on float64 arrays, one array a group.
+
+A group of equal rewards (max == min, tested exactly) has advantage 0 under every definition:
+a computed mean can differ from equal rewards by a rounding error, which a division by the
+standard deviation would blow up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from learner.errors import BatchError
+
+EPSILON = 1e-5
+"""Added to a standard deviation before dividing by it."""
+
+
+def grpo(rewards: np.ndarray) -> np.ndarray:
+    """(r - mean) / (population std + 1e-5), float64 [G] (DeepSeekMath, arXiv 2402.03300).
+
+    >>> grpo(np.array([1.0, 0.0])).round(4).tolist()
+    [1.0, -1.0]
+    """
+    return dr_grpo(rewards) / (rewards.std() + EPSILON)
+
+
+def dr_grpo(rewards: np.ndarray) -> np.ndarray:
+    """r - mean, float64 [G] (Dr. GRPO, arXiv 2503.20783)."""
+    return np.zeros_like(rewards) if _is_constant(rewards) else rewards - rewards.mean()
+
+
+def rloo(rewards: np.ndarray) -> np.ndarray:
+    """r minus the mean of the other samples, float64 [G] (RLOO, arXiv 2402.14740)."""
+    size = len(rewards)
+    return dr_grpo(rewards) * (size / (size - 1))
+
+
+def reinforce_pp(groups: list[np.ndarray]) -> list[np.ndarray]:
+    """(r - group mean) / (population std of that over the batch + 1e-5) (REINFORCE++, arXiv 2501.03262)."""
+    centred = [dr_grpo(rewards) for rewards in groups]
+    scale = np.concatenate(centred).std() + EPSILON
+    return [values / scale for values in centred]
+
+
+def advantages(name: str, groups: list[np.ndarray]) -> list[np.ndarray]:
+    """Advantages of a batch, a float64 [G] for each group's rewards, in the same order.
+
+    Raises `BatchError` for a group of fewer than 2 samples, which has no baseline.
+    """
+    for index, rewards in enumerate(groups):
+        if len(rewards) < 2:
+            raise BatchError(
+                f"group {index} of the batch: got {len(rewards)} samples, expected at least 2; an "
+                "advantage compares samples of one prompt, so drop the group before training"
+            )
+    rewards = [np.asarray(values, np.float64) for values in groups]
+    if name == "reinforce_pp":
+        return reinforce_pp(rewards)
+    formula = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}[name]
+    return [formula(values) for values in rewards]
+
+
+def _is_constant(rewards: np.ndarray) -> bool:
+    return bool(rewards.max() == rewards.min())

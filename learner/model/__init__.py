@@ -1,0 +1,1 @@
+"""Building the trained model on Megatron-Core."""

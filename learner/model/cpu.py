@@ -1,0 +1,68 @@
+"""Megatron-Core on a CPU: every stand-in it needs, in one place.
+
+Megatron-Core asks for CUDA by name in a few lines that its CPU paths run through. Functions are
+replaced, never modules, so that model, data parallelism and optimizer stay Megatron-Core's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from torch.overrides import TorchFunctionMode
+
+
+class _NoStream:
+    """What `torch.cuda.current_stream` gives here: work on a CPU is in order already."""
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Within it ``device="cuda"`` creates tensors on the CPU.
+
+    For constructors only: Megatron-Core's optimizers put a constant on "cuda". A mode costs Python
+    time on every operation, so no training runs inside it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func` with the device replaced."""
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def stand_in_for_cuda() -> None:
+    """Replace what Megatron-Core calls on a machine without CUDA; calling it again changes nothing."""
+    # Rotary tables, gradient buffers and buckets are allocated on the current device.
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    # The gradient all-reduce asks for the current stream even when nothing overlaps.
+    torch.cuda.current_stream = lambda device=None: _NoStream()
+    # The unfused rotary embedding of packed sequences runs a few kernels for every sequence.
+    rope_utils._apply_rotary_pos_emb_thd = rotate_packed
+
+
+def rotate_packed(
+    t: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    rotary_interleaved: bool = False,
+    mla_rotary_interleaved: bool = False,
+    mscale: float = 1.0,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Rotary embedding of packed heads `t` [T, heads, D] from angles `freqs` [longest, 1, 1, R <= D].
+
+    Same values as Megatron-Core's `_apply_rotary_pos_emb_thd`, in one pass over all sequences.
+    """
+    lengths = torch.diff(cu_seqlens)
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    positions = torch.arange(t.size(0)) - starts
+    cos, sin = ((table(freqs) * mscale).flatten(1)[positions, None] for table in (torch.cos, torch.sin))
+    rotated, rest = t[..., : cos.size(-1)], t[..., cos.size(-1) :]
+    half = rope_utils._rotate_half(rotated, rotary_interleaved)
+    turned = rotated * cos.to(t.dtype) + half * sin.to(t.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned

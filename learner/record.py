@@ -1,0 +1,66 @@
+"""What a run leaves behind as it goes: a line a step, and the spans of generation and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import redis
+
+from buffer.client import Stream
+from buffer.schema import Group
+
+
+class RunRecord:
+    """Writes `metrics.jsonl`, `timeline.jsonl` and the hash `{run}:progress`.
+
+    A line of the timeline is ``{"lane": "learner", "kind": "train", "step": 3, "start": s, "end": s}`` or
+    ``{"lane": "actor-0", "kind": "generate", "group": "...", "start": s, "end": s}``, in seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, stream: Stream) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = stream
+        self._metrics = (folder / "metrics.jsonl").open("wb")
+        self._timeline = (folder / "timeline.jsonl").open("wb")
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Records a step's metrics; readers of Redis see the newest."""
+        self._metrics.write(msgspec.json.encode(metrics) + b"\n")
+        self._metrics.flush()
+        self.progress({name: _short(value) for name, value in metrics.items() if not isinstance(value, dict)})
+
+    def progress(self, figures: dict[str, Any]) -> None:
+        """Shows figures in `{run}:progress`; a Redis that is away costs only the display."""
+        try:
+            self._stream.redis.hset(self._stream.key("progress"), mapping=figures)
+        except redis.RedisError:
+            return
+
+    def trained(self, step: int, start: float, end: float) -> None:
+        """Records the span in which the learner trained a step."""
+        self._span({"lane": "learner", "kind": "train", "step": step, "start": start, "end": end})
+
+    def generated(self, groups: list[Group]) -> None:
+        """Records the spans in which actors generated the groups of a step."""
+        for group in groups:
+            span = {"lane": group.actor, "kind": "generate", "group": group.id}
+            self._span({**span, "start": group.started, "end": group.finished})
+
+    def _span(self, span: dict[str, Any]) -> None:
+        self._timeline.write(msgspec.json.encode(span) + b"\n")
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._timeline.close()
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

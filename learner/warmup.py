@@ -1,0 +1,94 @@
+"""The supervised warm-up on a data set's own answers, before a run or by itself (`launch sft`)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.datasets import PromptOrder, held_out
+from learner.errors import LearnerError
+from learner.evaluate import mark
+from learner.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from learner.sft import SftProgress, SftReport
+    from learner.step import Trainer
+
+log = logging.getLogger("sft")
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the run's configuration that concerns a warm-up."""
+
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    sft: SftConfig
+
+
+def warm_up_on(
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    sft: SftConfig,
+    seed: int,
+    on_progress: Callable[[SftProgress], None],
+) -> SftReport:
+    """Trains on the data set's answers until the accuracy on its held-out questions is in the target."""
+    from learner.sft import warm_up
+
+    order, _ = PromptOrder.load(data, tokenizer, seed)
+    held = [(prompt.tokens, prompt.answer) for prompt in held_out(data, tokenizer)]
+
+    def demonstrations() -> Iterator[tuple[list[int], list[int]]]:
+        for prompt in order:
+            answer = prompt.answer
+            if sft.demonstrate == "final":
+                answer = "#### " + answer.rpartition("####")[2].strip()
+            yield prompt.tokens, [*tokenizer.encode(answer), tokenizer.eos_id]
+
+    def score(answer: list[int], gold: str) -> float:
+        return mark(tokenizer.decode(answer), gold)
+
+    return warm_up(trainer, demonstrations(), held, score, sft, on_progress, tokenizer.eos_id)
+
+
+def log_progress(progress: SftProgress) -> None:
+    """Logs an interval of a warm-up."""
+    log.info("%d steps, loss %.3f, accuracy %.3f", progress.steps, progress.loss, progress.accuracy)
+
+
+def main() -> int:
+    """Entry point of `launch sft`: `python -m learner.warmup --config FILE --out FOLDER`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level="WARNING", format="%(message)s")
+    log.setLevel("INFO")
+    settings = msgspec.json.decode(args.config.read_bytes(), type=Settings)
+    try:
+        folder = Path(settings.model.path)
+        tokenizer = Tokenizer(folder)
+        from learner.step import Trainer
+
+        trainer = Trainer(folder, settings.model, settings.optimizer, ObjectiveConfig(), settings.seed)
+        report = warm_up_on(trainer, tokenizer, settings.data, settings.sft, settings.seed, log_progress)
+        trainer.save(args.out)
+    except LearnerError as error:
+        log.error("%s", error)
+        return 2
+    log.info("%d steps, accuracy %.3f: %s", report.steps, report.accuracy, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

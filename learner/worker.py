@@ -1,0 +1,276 @@
+"""The learner process: feed, batch, step, commit, offer, until the last step.
+
+prompts -> queue ... replay stream -> batch -> step -> version -> commit -> weights to the engines
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from buffer.admission import Joined, JoinLearner
+from buffer.client import Stream
+from buffer.config import StreamConfig
+from buffer.errors import Fenced, StreamError
+from buffer.keys import RUNS
+from buffer.ledger import Commit, Leave, Snapshot
+from learner.batch import Batch, next_batch
+from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.datasets import PromptOrder, held_out
+from learner.errors import LearnerError
+from learner.evaluate import evaluate
+from learner.feed import Feeder
+from learner.record import RunRecord
+from learner.tokenizer import Tokenizer, model_files
+from learner.verify import check_engines
+from learner.warmup import warm_up_on
+from weightsync.config import WeightSyncConfig
+from weightsync.manifest import Manifest
+from weightsync.offer import Offers, address_towards
+
+if TYPE_CHECKING:
+    from learner.sft import SftProgress
+    from learner.step import Trainer
+
+log = logging.getLogger("learner")
+
+_PATIENCE_S = 10.0
+"""Between two log lines that say why the learner waits."""
+_CHECKED = 8
+"""Sequences that engines and learner both score at the end."""
+_ANSWER_TOKENS = 16
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the run's configuration that concerns the learner."""
+
+    name: str
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    stream: StreamConfig
+    optimizer: OptimizerConfig
+    objective: ObjectiveConfig
+    weightsync: WeightSyncConfig
+    sft: SftConfig | None = None
+    """A supervised warm-up before version 0, or none."""
+
+
+class Learner:
+    """One run, from joining to the export of its last version.
+
+    `folder` receives `metrics.jsonl` (a line a step), `timeline.jsonl` (spans of generation and
+    training), `export/` (the trained checkpoint) and `report.json`.
+    """
+
+    def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
+        self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
+        self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
+        self._stopping = False
+
+    def stop(self, *_: Any) -> None:
+        """Ends the run after the step under way (a signal handler)."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Trains the run. Raises `LearnerError`, `StreamError`."""
+        settings = self._settings
+        tokenizer = Tokenizer(Path(settings.model.path))
+        order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
+        if left_out:
+            log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
+        joined = self._join()
+        with RunRecord(self._folder, self._stream) as record:
+            trainer = self._trainer()
+            report: dict[str, Any] = {}
+            if settings.sft is not None:
+                report["sft"] = self._warm_up(trainer, tokenizer, record)
+            with self._feeder(joined, order), self._offers(joined) as offers:
+                manifest = self._train(trainer, joined.epoch, offers, record)
+                report |= self._finish(trainer, tokenizer, manifest)
+                reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
+                self._stream.call(Leave("learner", reason, joined.epoch))
+        (self._folder / "report.json").write_bytes(msgspec.json.encode(report))
+
+    def _join(self) -> Joined:
+        """Creates the run and puts there what actors need."""
+        rules, stream = self._settings.stream, self._stream
+        stream.load_library()
+        joined = stream.call(
+            JoinLearner(
+                random=secrets.token_hex(16),
+                nonce=secrets.token_hex(16),
+                batch=rules.groups_per_step,
+                eta=rules.max_staleness,
+                max_steps=rules.max_steps,
+                group_size=rules.group_size,
+                lease_ms=int(rules.lease_s * 1000),
+                attempts_max=rules.attempts,
+            )
+        )
+        if joined.version >= 0:
+            raise LearnerError(
+                f"run {self._settings.name} has {joined.version} steps already and no checkpoint to go on from; "
+                "give the new run another name"
+            )
+        stream.redis.sadd(RUNS, self._settings.name)
+        stream.redis.hset(stream.key("files"), mapping=model_files(Path(self._settings.model.path)))
+        stream.redis.set(stream.key("config"), self._config)
+        return joined
+
+    def _trainer(self) -> Trainer:
+        from learner.step import Trainer  # brings torch and Megatron-Core: after all cheap checks
+
+        settings = self._settings
+        folder = Path(settings.model.path)
+        return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+
+    def _feeder(self, joined: Joined, order: PromptOrder) -> Feeder:
+        rules = self._settings.stream
+        ahead = rules.groups_per_step * (rules.max_staleness + 2)
+        return Feeder(self._stream, joined.epoch, order, tail=joined.tail, ahead=ahead)
+
+    def _offers(self, joined: Joined) -> Offers:
+        settings = self._settings.weightsync
+        return Offers(
+            self._stream,
+            learner_epoch=joined.epoch.partition(":")[0],
+            address=settings.address or address_towards(self._stream),
+            timeout_s=settings.timeout_s,
+            log=log.info,
+        )
+
+    def _train(self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord) -> Manifest:
+        """All steps; the last version's manifest."""
+        manifest = self._publish(trainer, epoch, offers)
+        self._training_since = time.time()
+        for step in range(self._settings.stream.max_steps):
+            self._pass_on_stop()
+            self._waiting_since = time.monotonic()
+            batch = next_batch(self._stream, epoch, step, self._on_wait)
+            if batch is None:
+                break
+            manifest = self._step(trainer, epoch, offers, record, batch)
+        return manifest
+
+    def _publish(self, trainer: Trainer, epoch: str, offers: Offers) -> Manifest:
+        """Commits the current version and offers it to the engines."""
+        tensors = trainer.export()
+        manifest = Manifest.of(trainer.version, tensors)
+        # No checkpoint can be restored yet, so no restore can ask for a trained step again.
+        self._stream.call(Commit(epoch, manifest.version, manifest.digest, covered=manifest.version - 1))
+        offers.publish(manifest, tensors)
+        return manifest
+
+    def _step(
+        self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord, batch: Batch
+    ) -> Manifest:
+        """Trains one batch, commits the version it makes, records what happened."""
+        began = time.time()
+        metrics = trainer.train_step(batch.groups, batch.step)
+        trained = time.time()
+        manifest = self._publish(trainer, epoch, offers)
+        ended = time.time()
+        record.trained(batch.step, began, trained)
+        record.generated(batch.groups)
+        self._trained_tokens += metrics["tokens"]
+        record.step(
+            {
+                "step": batch.step,
+                **metrics,
+                "queued": batch.queued,
+                "seconds_wait": batch.waited_s,
+                "seconds_fetch": batch.fetched_s,
+                "seconds_publish": ended - trained,
+                "seconds_push": offers.push_seconds(),
+                "tokens_per_second": self._trained_tokens / (ended - self._training_since),
+                "time_batch": began - batch.fetched_s - batch.waited_s,
+                "time": ended,
+            }
+        )
+        return manifest
+
+    def _pass_on_stop(self) -> None:
+        """A signal becomes the run's stop, which actors see, too."""
+        if self._stopping:
+            self._stream.redis.set(self._stream.key("stop"), "signal")
+
+    def _on_wait(self, reason: str) -> None:
+        """Called at each look for a batch that finds none."""
+        self._pass_on_stop()
+        if time.monotonic() - self._waiting_since > _PATIENCE_S:
+            self._waiting_since = time.monotonic()
+            ledger = self._stream.call(Snapshot())
+            live = [name for name in ledger.actors if ledger.alive(name)]
+            who = (
+                f"{len(live)} actors are live" if live else "no live actors; start some with `launch actors`"
+            )
+            log.info("waiting for groups (%s): %s", reason, who)
+
+    def _warm_up(self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord) -> dict[str, Any]:
+        """The supervised warm-up, shown in `{run}:progress`; what goes into the report."""
+
+        def show(progress: SftProgress) -> None:
+            record.progress({"sft_steps": progress.steps, "sft_accuracy": f"{progress.accuracy:.3f}"})
+            log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
+
+        assert self._settings.sft is not None
+        settings = self._settings
+        report = warm_up_on(trainer, tokenizer, settings.data, settings.sft, settings.seed, show)
+        log.info("warm-up ended after %d steps at accuracy %.3f", report.steps, report.accuracy)
+        return {"steps": report.steps, "accuracy": report.accuracy, "loss": report.loss}
+
+    def _finish(self, trainer: Trainer, tokenizer: Tokenizer, manifest: Manifest) -> dict[str, Any]:
+        """Exports the model and checks that every engine serves it; what goes into the report."""
+        settings = self._settings
+        trainer.save(self._folder / "export")
+        prompts = held_out(settings.data, tokenizer)
+        sequences = [[*prompt.tokens, tokenizer.eos_id] for prompt in prompts[:_CHECKED]]
+        check = check_engines(
+            self._stream,
+            manifest,
+            sequences,
+            trainer.score(sequences),
+            timeout_s=settings.weightsync.timeout_s,
+        )
+        log.info("engines against learner at version %d: %s", check.version, check.max_difference)
+        found = evaluate(trainer, tokenizer, prompts, _ANSWER_TOKENS)
+        return {"weights": msgspec.to_builtins(check), "held_out": msgspec.to_builtins(found)}
+
+
+def main() -> int:
+    """Entry point of the learner's process: `python -m learner.worker --folder DIR`, with `config.json` in it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    folder = parser.parse_args().folder
+    logging.basicConfig(level="WARNING", format="%(asctime)s learner: %(message)s")
+    log.setLevel("INFO")
+    config = (folder / "config.json").read_bytes()
+    settings = msgspec.json.decode(config, type=Settings)
+    try:
+        learner = Learner(
+            Stream.connect(os.environ["SLIPSTREAM_REDIS"], settings.name), settings, config, folder
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, learner.stop)
+        learner.run()
+    except Fenced as error:
+        log.error("another learner took this run over: %s", error)
+        return 1
+    except (LearnerError, StreamError) as error:
+        log.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

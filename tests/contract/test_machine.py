@@ -1,0 +1,113 @@
+"""Any order of events: the server does what the model does, and no invariant breaks.
+
+After every step: each admitted group is accounted for once (conservation), no group stands in two
+manifests, no group is assigned at a staleness above eta, the `outstanding` hash is the sum over
+leases and queue, and exactly the payloads still needed are kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from buffer.client import Stream
+from tests.contract.walk import Walk
+
+CHOICE = st.integers(0, 7)
+"""Which of what there is; taken modulo its number."""
+
+
+def test_every_order_of_events_keeps_the_invariants(stream: Stream) -> None:
+    class Machine(RuleBasedStateMachine):
+        """One `Walk` an example, on a run of its own."""
+
+        @initialize(
+            batch=st.integers(1, 4),
+            eta=st.integers(0, 3),
+            max_steps=st.integers(2, 10),
+            attempts=st.integers(1, 3),
+            actors=st.integers(2, 3),
+        )
+        def start(self, **settings: int) -> None:
+            fresh = Stream(stream.redis, f"machine-{secrets.token_hex(4)}")
+            self.walk = Walk(fresh, **settings)
+            self.walk.feed(7)
+
+        @rule(count=CHOICE)
+        def feed(self, count: int) -> None:
+            self.walk.feed(count)
+
+        @rule(choice=CHOICE, repeat=CHOICE)
+        def admit(self, choice: int, repeat: int) -> None:
+            self.walk.admit(choice, repeat)
+
+        @rule(choice=CHOICE, newer=CHOICE)
+        def publish(self, choice: int, newer: int) -> None:
+            self.walk.publish(choice, newer)
+
+        @rule(actor=CHOICE, count=st.integers(1, 4))
+        def generate(self, actor: int, count: int) -> None:
+            for _ in range(count):
+                self.walk.admit(actor)
+                self.walk.publish(count)
+
+        @rule(choice=CHOICE)
+        def publish_again(self, choice: int) -> None:
+            self.walk.publish_again(choice)
+
+        @rule(choice=CHOICE)
+        def publish_late(self, choice: int) -> None:
+            self.walk.publish_late(choice)
+
+        @rule(choice=CHOICE, fault=CHOICE)
+        def publish_unsound(self, choice: int, fault: int) -> None:
+            self.walk.publish_unsound(choice, fault)
+
+        @rule(choice=CHOICE, reason=CHOICE)
+        def drop(self, choice: int, reason: int) -> None:
+            self.walk.drop(choice, reason)
+
+        @rule()
+        def assign(self) -> None:
+            self.walk.assign()
+
+        @rule(choice=CHOICE)
+        def assign_again(self, choice: int) -> None:
+            self.walk.assign_again(choice)
+
+        @rule(lag=CHOICE)
+        def commit(self, lag: int) -> None:
+            self.walk.commit(lag)
+
+        @rule(choice=CHOICE, back=CHOICE)
+        def applied(self, choice: int, back: int) -> None:
+            self.walk.applied(choice, back)
+
+        @rule(choice=CHOICE, mask=st.integers(0, 255))
+        def heartbeat(self, choice: int, mask: int) -> None:
+            self.walk.heartbeat(choice, mask)
+
+        @rule(choice=CHOICE)
+        def elapse(self, choice: int) -> None:
+            self.walk.elapse(choice)
+
+        @rule(choice=CHOICE)
+        def clock_jumps(self, choice: int) -> None:
+            self.walk.clock_jumps(choice)
+
+        @rule(choice=CHOICE, leaves=CHOICE)
+        def actor_restarts(self, choice: int, leaves: int) -> None:
+            self.walk.actor_restarts(choice, leaves)
+
+        @rule()
+        def learner_restarts(self) -> None:
+            self.walk.learner_restarts()
+
+        @invariant()
+        def all_holds(self) -> None:
+            self.walk.check()
+
+    run_state_machine_as_test(Machine, settings=settings(stateful_step_count=60))

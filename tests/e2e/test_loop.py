@@ -1,0 +1,216 @@
+"""The whole loop for a few steps: the real command line, Redis, SGLang and Megatron-Core."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SMALL = [
+    "stream.max_steps=6",
+    "stream.groups_per_step=4",
+    "stream.group_size=4",
+    "sft.max_steps=40",
+    "sft.target_accuracy_low=0.01",
+    "sft.target_accuracy_high=0.99",
+]
+
+
+def launch(folder: Path, *argv: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A `launch` process in `folder`, its output kept in files there."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *argv],
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        stdout=(folder / f"{argv[0]}.out").open("w"),
+        stderr=(folder / f"{argv[0]}.err").open("w"),
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(folder: Path, *argv: str) -> str:
+    """The standard output of a `launch` command that must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *argv], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def descendants() -> list[str]:
+    """Command lines of processes that belong to a run: workers, engines and servers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if any(
+            part in line for part in ("learner.worker", "actors.worker", "sglang_cpu", "sglang::", "valkey")
+        ):
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """A finished small demo: its folder, its summary, and a status read while it trained."""
+    folder = tmp_path_factory.mktemp("demo")
+    before = set(descendants())
+    process = launch(folder, "demo", "--json", *SMALL)
+    status: dict[str, Any] = {}
+
+    def training() -> bool:
+        if process.poll() is not None:
+            return True
+        answer = subprocess.run(
+            [sys.executable, "-m", "launch.cli", "status", "--json"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        if answer.returncode == 0:
+            status.update(json.loads(answer.stdout))
+        return status.get("phase") == "training"
+
+    wait_until(training, 240, "training")
+    assert process.wait(240) == 0, (folder / "demo.err").read_text()
+    summary = json.loads((folder / "demo.out").read_text().splitlines()[-1])
+    assert set(descendants()) <= before
+    yield folder, summary, status
+
+
+def test_the_summary_accounts_for_every_group(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, summary, _ = finished
+    groups = summary["groups"]
+    held = groups["leased"] + groups["queued"] + groups["assigned"] + groups["trained"]
+    assert groups["admitted"] == held + sum(groups["dropped"].values())
+    assert (summary["steps"], groups["trained"], summary["versions"]) == (6, 24, 7)
+    assert summary["staleness_max"] <= 2
+    assert json.loads((folder / "runs/demo/summary.json").read_text()) == summary
+
+
+def test_every_engine_serves_the_weights_of_the_learner(
+    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+) -> None:
+    weights = finished[1]["report"]["weights"]
+    assert weights["version"] == 6
+    assert not weights["missing"]
+    assert set(weights["max_difference"]) == {"actor-0", "actor-1"}
+    assert max(weights["max_difference"].values()) < 1e-4
+
+
+def test_status_shows_the_run_from_redis_alone(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    status = finished[2]
+    assert (status["run"], status["max_steps"], status["max_staleness"]) == ("demo", 6, 2)
+    assert status["conserved"]
+    assert {actor["name"] for actor in status["actors"]} == {"actor-0", "actor-1"}
+
+
+def test_the_run_folder_holds_what_the_readme_promises(
+    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+) -> None:
+    folder = finished[0] / "runs/demo"
+    for name in ("config.json", "metrics.jsonl", "timeline.jsonl", "report.json", "summary.json"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("reward.png", "staleness.png", "timeline.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "redis.url").exists()
+
+
+def test_transformers_loads_the_export_and_it_answers(
+    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = finished[0] / "runs/demo/export"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    example = finished[1]["report"]["held_out"]["examples"][0]
+    prompt = tokenizer(example["question"] + "\n", return_tensors="pt", add_special_tokens=False)
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text == example["answered"]
+    assert text.startswith("#### ")
+
+
+def test_generation_and_training_overlap(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    assert finished[1]["overlap"] > 0
+    assert finished[1]["staleness_mean"] > 0
+
+
+def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_order(tmp_path: Path) -> None:
+    """Actors first, one more joins later, one is killed; nothing is learned, so every ratio stays 1."""
+    redis = launch(tmp_path, "redis")
+    processes = [redis]
+    try:
+        wait_until(lambda: (tmp_path / "runs/redis/redis.url").exists(), 20, "Redis")
+        processes.append(launch(tmp_path, "actors", "--count", "2"))
+        model = run(tmp_path, "model", "--out", "model").strip()
+        run(tmp_path, "data", "--out", "data")
+        overrides = ["name=zero", f"model.path={model}", "data.path=data/train.jsonl", "optimizer.lr=0"]
+        small = ["stream.max_steps=12", "stream.groups_per_step=4", "stream.group_size=4", "stream.lease_s=3"]
+        sampling = ["rollout.sampling.max_new_tokens=6"]
+        learner = launch(tmp_path, "learner", "--json", *overrides, *small, *sampling)
+        processes.append(learner)
+
+        def status() -> dict[str, Any]:
+            return json.loads(run(tmp_path, "status", "--json"))
+
+        wait_until(lambda: "waiting" in (tmp_path / "actors.err").read_text(), 20, "actors to wait")
+        wait_until(lambda: "actor-0" in (tmp_path / "actors.err").read_text(), 60, "actors to find the run")
+        (tmp_path / "later").mkdir()
+        later = launch(
+            tmp_path / "later", "actors", "--redis", (tmp_path / "runs/redis/redis.url").read_text()
+        )
+        processes.append(later)
+        wait_until(lambda: status()["step"] >= 2, 120, "two steps")
+        victim = next(a["name"] for a in status()["actors"] if a["state"] == "running")
+        os.kill(worker_pid(victim), signal.SIGKILL)
+        assert learner.wait(180) == 0, (tmp_path / "learner.err").read_text()
+        summary = json.loads((tmp_path / "learner.out").read_text().splitlines()[-1])
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(60)
+    rows = [json.loads(line) for line in (tmp_path / "runs/zero/metrics.jsonl").read_text().splitlines()]
+    assert summary["steps"] == 12
+    assert summary["conserved"]
+    assert max(row["ratio_deviation_max"] for row in rows) < 1e-4
+    assert max(row["clip_fraction"] for row in rows) == 0
+    assert np.isfinite([row["grad_norm"] for row in rows]).all()
+
+
+def worker_pid(actor: str) -> int:
+    """The pid of an actor's worker process."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            argv = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if "actors.worker" in argv and actor in argv:
+            return int(path.parent.name)
+    raise AssertionError(f"no process of {actor}")

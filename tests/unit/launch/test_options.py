@@ -1,0 +1,73 @@
+"""The command line is frozen: a change of options is a change of this list, made on purpose."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from launch.cli import build_parser, main
+
+RUN = ["--config", "--dry-run", "--json"]
+OPTIONS = {
+    "demo": [*RUN, "--data", "--name", "--seed", "--actors"],
+    "learner": [*RUN, "--redis"],
+    "actors": ["--count", "--run", "--redis"],
+    "redis": ["--port", "--folder"],
+    "sft": [*RUN, "--out"],
+    "data": ["--out", "--seed"],
+    "model": ["--out", "--seed"],
+    "status": ["--run", "--redis", "--json"],
+    "stop": ["--run", "--redis"],
+}
+
+
+def options() -> dict[str, list[str]]:
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {
+        name: [
+            flag
+            for action in parser._actions
+            for flag in action.option_strings
+            if flag not in ("-h", "--help")
+        ]
+        for name, parser in subparsers.choices.items()
+    }
+
+
+def test_the_options_are_these() -> None:
+    assert {name: sorted(flags) for name, flags in options().items()} == {
+        name: sorted(flags) for name, flags in OPTIONS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["status", "--redis", "redis://127.0.0.1:1"], "no Redis at redis://127.0.0.1:1"),
+        (["status", "--redis", "http://x"], "expected redis://"),
+        (["stop", "--redis", "redis://:secret@127.0.0.1:1"], "no Redis at redis://:***@127.0.0.1:1"),
+        (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
+        (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
+        (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_code_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_nothing_heavy_is_imported_for_help_and_status() -> None:
+    heavy = "torch,numpy,sglang,megatron,transformers,matplotlib,tokenizers"
+    code = (
+        "import sys, launch.cli, launch.commands, launch.status; launch.cli.build_parser();"
+        f"print([m for m in '{heavy}'.split(',') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

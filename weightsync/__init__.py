@@ -1,0 +1,1 @@
+"""Versioned weights from the learner to the engines. Imports neither sglang nor megatron."""
