@@ -246,8 +246,8 @@ class Engine:
             )
         if [token for _, token, _ in logprobs] != answer.output_ids:
             raise EngineError(
-                f"engine {self._server.name}: got log-probabilities of {len(logprobs)} tokens, expected those of "
-                f"the answer's {len(answer.output_ids)}"
+                f"engine {self._server.name}: got log-probabilities of {len(logprobs)} tokens, "
+                f"expected those of the answer's {len(answer.output_ids)}"
             )
         return Completion(answer.output_ids, [value for value, *_ in logprobs], reason, meta.weight_version)
 

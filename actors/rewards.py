@@ -1,27 +1,106 @@
-"""Reward functions."""
+"""Reward functions: the text of an answer and the gold answer of its data row, to a number.
+
+A reward function is named in the configuration as `module:function`. It takes (text, gold answer)
+and returns a finite number, or a pair of it and its named parts.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from importlib import import_module
 
 from actors.errors import RewardError
 
 Reward = Callable[[str, str], tuple[float, dict[str, float]]]
+"""(text, gold answer) to the scalar reward and its named parts before weighting."""
+
+FORMAT_REWARD = 0.1
+"""Reward of a wrong answer that at least ends in the asked form."""
+
+_FINAL_ANSWER = re.compile(
+    r"(?<!#)####[ \t]*"
+    r"((?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?)"
+    r"(?!\w|[.,][0-9])"
+)
+"""`#### ` and a number: sign, dollar, commas between thousands and decimals are optional. What
+follows may not continue the number: `4 dollars`, `4.` and `4%` are four, `4x` and `4.5.6` are nothing."""
+
+
+def final_answer(text: str) -> Decimal | None:
+    """The number after the last well-formed `####` of a text, exact; None if there is none.
+
+    The last one counts, so writing down several numbers earns nothing over writing down one.
+
+    >>> final_answer("#### 3, no: #### $1,450.00."), final_answer("1450")
+    (Decimal('1450.00'), None)
+    """
+    found = _FINAL_ANSWER.findall(text)
+    return Decimal(found[-1].replace("$", "").replace(",", "")) if found else None
 
 
 def gsm8k(text: str, answer: str) -> tuple[float, dict[str, float]]:
-    found = re.findall(r"####\s*(-?[\d,.]+)", text)
-    gold = answer.rpartition("####")[2].strip()
-    form = float(bool(found))
-    correct = float(bool(found) and found[-1].replace(",", "").rstrip(".") == gold.replace(",", ""))
-    return (1.0 if correct else 0.1 * form), {"correct": correct, "format": form}
+    """1.0 if the text's final answer is the gold one as a number, else 0.1 for the form alone, else 0.0.
+
+    The parts are `correct` and `format`, each 0.0 or 1.0. Only the form `#### <number>` of GSM8K
+    (arXiv 2110.14168) counts; numbers elsewhere in the text do not. Raises `RewardError` if the gold
+    answer has no such form.
+
+    >>> gsm8k("20 + 26 #### 46", "#### 46.0")
+    (1.0, {'correct': 1.0, 'format': 1.0})
+    """
+    gold = final_answer(answer)
+    if gold is None:
+        raise RewardError(
+            f"gold answer: got {answer[-60:]!r}, expected it to end in `#### <number>`; correct this row "
+            "of the data set, or set rollout.reward to a function that reads such answers"
+        )
+    given = final_answer(text)
+    correct = given == gold
+    parts = {"correct": float(correct), "format": float(given is not None)}
+    return (1.0 if correct else FORMAT_REWARD * parts["format"]), parts
 
 
 def load_reward(path: str) -> Reward:
-    module, _, name = path.partition(":")
+    """The function that `path`, `module:function`, names, with every result checked.
+
+    A function may return a number alone: its parts are then empty. Raises `RewardError` if there is
+    no such function, and on each call whose result is not finite.
+    """
+    function = _find(path)
+
+    def reward(text: str, answer: str) -> tuple[float, dict[str, float]]:
+        result = function(text, answer)
+        match result if isinstance(result, tuple) else (result, {}):
+            case (int() | float() as value, dict() as parts) if all(
+                isinstance(part, int | float) and math.isfinite(part) for part in (value, *parts.values())
+            ):
+                return float(value), {str(name): float(part) for name, part in parts.items()}
+        raise RewardError(
+            f"rollout.reward: {path} returned {result!r:.200}, expected a finite number, or a pair of one "
+            "and a dict of finite numbers"
+        )
+
+    return reward
+
+
+def _find(path: str) -> Callable[[str, str], object]:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise RewardError(
+            f"rollout.reward: got {path!r}, expected `module:function`, such as actors.rewards:gsm8k"
+        )
     try:
-        return getattr(import_module(module), name)
+        function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise RewardError(f"rollout.reward: cannot load {path!r}: {error}") from error
+        raise RewardError(
+            f"rollout.reward: cannot load {path!r}: {error}; name a function of a module that the "
+            "actors' Python can import"
+        ) from error
+    if not callable(function):
+        raise RewardError(
+            f"rollout.reward: {path!r} is {type(function).__name__}, expected a function of (text, answer)"
+        )
+    return function

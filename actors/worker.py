@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import tokenizers
@@ -76,38 +77,47 @@ class Actor:
         try:
             await self._with_engine(stop, heartbeat)
         finally:
-            heartbeat.cancel()
-            await asyncio.gather(heartbeat, return_exceptions=True)
+            await _cancel(heartbeat)
 
     async def _with_engine(self, stop: asyncio.Event, heartbeat: asyncio.Task[None]) -> None:
+        halted = asyncio.create_task(stop.wait())
+        starting = asyncio.create_task(self._start_engine())
+        await asyncio.wait([starting, halted, heartbeat], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            await _cancel(starting, halted)  # a start that is cancelled leaves nothing behind
+            if heartbeat.done():
+                heartbeat.result()
+            return
+        engine = starting.result()
+        self._state, self.served = "running", True
+        weights = WeightWorker(
+            self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
+        )
+        loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine))]
+        watched: list[asyncio.Future[None]] = [*loops, heartbeat, self._failed]
+        try:
+            await asyncio.wait([*watched, halted], return_when=asyncio.FIRST_COMPLETED)
+            for task in watched:
+                if task.done():
+                    task.result()
+            self._state = "draining"
+            await _cancel(loops[1])
+            await self._drain()
+        except EngineError:
+            engine.kill()
+            raise
+        finally:
+            await _cancel(*loops, halted, *self._tasks.values())
+            await engine.stop()
+
+    async def _start_engine(self) -> Engine:
         started = time.monotonic()
         log_file = self._logs / f"{self._name}-engine.log"
         engine = await Engine.start(
             self._model, self._settings.engine, name=self._name, seed=self._settings.seed, log=log_file
         )
         log.info("engine ready after %.1f s, waiting for weights", time.monotonic() - started)
-        self._state, self.served = "running", True
-        weights = WeightWorker(
-            self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
-        )
-        halted = asyncio.create_task(stop.wait())
-        loops = [heartbeat, asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine))]
-        try:
-            await asyncio.wait([*loops, halted, self._failed], return_when=asyncio.FIRST_COMPLETED)
-            for task in [*loops, self._failed]:
-                if task.done():
-                    task.result()
-            self._state = "draining"
-            loops[-1].cancel()
-            await self._drain()
-        except EngineError:
-            engine.kill()
-            raise
-        finally:
-            for task in [*loops[1:], halted, *self._tasks.values()]:
-                task.cancel()
-            await asyncio.gather(*loops[1:], halted, *self._tasks.values(), return_exceptions=True)
-            await engine.stop()
+        return engine
 
     def _on_applied(self, version: int) -> None:
         self._version = version
@@ -195,12 +205,19 @@ class Actor:
         log.info("left: %d groups published, %d leases handed back", self._published, left.released)
 
 
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks and waits for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def fetch_run(stream: AsyncStream, folder: Path, stop: asyncio.Event) -> Settings | None:
     """Waits for the run's configuration and model files; None if `stop` was set first."""
     told = False
     while not stop.is_set():
         config = await stream.redis.get(stream.key("config"))
-        files = await stream.redis.hgetall(stream.key("files"))
+        files: dict[Any, Any] = await stream.redis.hgetall(stream.key("files"))
         if config and files:
             for name, content in files.items():
                 (folder / name.decode()).write_bytes(content)

@@ -101,7 +101,7 @@ class Stream:
     def take(self, full_key: str, seconds: float) -> bytes | None:
         """The head of a list, waiting for it; None if none came in time or Redis did not answer."""
         try:
-            found = self.redis.blpop([full_key], timeout=seconds)
+            found: Any = self.redis.blpop([full_key], timeout=seconds)
         except _LOST:
             time.sleep(_PAUSE_S)
             return None
@@ -158,7 +158,7 @@ class AsyncStream:
     async def take(self, full_key: str, seconds: float) -> bytes | None:
         """The head of a list, waiting for it; None if none came in time or Redis did not answer."""
         try:
-            found = await self.redis.blpop([full_key], timeout=seconds)
+            found: Any = await self.redis.blpop([full_key], timeout=seconds)
         except _LOST:
             await asyncio.sleep(_PAUSE_S)
             return None

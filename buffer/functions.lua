@@ -287,7 +287,8 @@ local function heartbeat(run, args)
   check_epoch(K, 'actor:' .. name, args[2])
   local actor = actor_record(K, name)
   local valid, stats = pcall(cjson.decode, args[4])
-  if not valid or type(stats) ~= 'table' then
+  -- An array, or a NaN that cjson reads but cannot write, would break the actor's record for every reader.
+  if not valid or not args[4]:match('^%s*{') or not pcall(cjson.encode, stats) then
     fail('ARGUMENT', 'stats: got ' .. tostring(args[4]) .. ', expected a JSON object')
   end
   tick(K, S)
@@ -314,6 +315,7 @@ local function publish(run, args)
     redis.call('XDEL', K.stream, entry)
     return cmsgpack.pack({ status, reason, '' })
   end
+  if redis.call('EXISTS', K.state) == 0 then redis.call('XDEL', K.stream, entry) end -- then load_state fails
   local S = load_state(K)
   local name, token, group = args[1], args[3], args[4]
   if redis.call('HGET', K.epochs, 'actor:' .. name) ~= args[2] then
@@ -331,12 +333,14 @@ local function publish(run, args)
     return refuse('late', 'unknown')
   end
   lease = cjson.decode(lease)
-  local version_min = tonumber(args[5])
-  local sound = lease.group == group and version_min and version_min >= lease.version and #args > 5
+  local version_min, lowest = tonumber(args[5]), math.huge
+  local sound = lease.group == group and version_min and version_min >= lease.version
   for i = 6, #args do
     local version, digest = args[i]:match('^(%d+):(.+)$')
     sound = sound and version and redis.call('HGET', K.versions, version) == digest
+    if sound then lowest = math.min(lowest, tonumber(version)) end
   end
+  sound = sound and lowest == version_min
   if not sound then
     close_lease(K, S, token, lease, 'engine')
     return refuse('refused', 'engine')

@@ -74,7 +74,9 @@ class LocalServer:
         }
         # The password goes by standard input: a command line can be read by every user.
         text = "".join(f"{name} {value}\n" for name, value in settings.items())
-        process = subprocess.Popen([program, "-"], stdin=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            [program, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         assert process.stdin is not None
         process.stdin.write(text.encode())
         process.stdin.close()
@@ -98,8 +100,10 @@ class LocalServer:
                 time.sleep(0.02)
             else:
                 return
-        tail = log.read_text()[-400:] if log.exists() else "no log"
-        raise RedisUnavailable(f"the Redis server did not start: {tail.strip()}")
+        lines = log.read_text().splitlines() if log.exists() else []
+        raise RedisUnavailable(
+            f"the Redis server did not start: {lines[-1] if lines else 'no log'}; see {log}"
+        )
 
     def stop(self) -> None:
         """Ends the server in order (it syncs its file first) and removes its socket."""

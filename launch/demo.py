@@ -28,8 +28,13 @@ def prepare(config: RunConfig) -> RunConfig:
         made = make_tiny_qwen3(folder / "model", seed=config.seed)
         model = msgspec.structs.replace(model, path=str(made))
     if not data.path:
-        train, held_out = write_arithmetic(folder / "data", seed=config.seed)
-        data = msgspec.structs.replace(data, path=str(train), held_out=str(held_out))
+        made_data = write_arithmetic(folder / "data", seed=config.seed)
+        data = msgspec.structs.replace(
+            data,
+            path=str(made_data.train),
+            held_out=str(made_data.held_out),
+            demonstrations=str(made_data.demonstrations),
+        )
     return msgspec.structs.replace(config, model=model, data=data)
 
 

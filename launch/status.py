@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import redis
 
@@ -154,7 +156,8 @@ def _shown(value: float | None, form: str) -> str:
 def find_run(url: str, name: str | None) -> Stream:
     """The named run, or the only one on the server that has not ended. Raises `LaunchError`, `NoRun`."""
     client = connect(url)
-    names = sorted(run.decode() for run in client.smembers(RUNS))
+    members: Any = client.smembers(RUNS)
+    names = sorted(run.decode() for run in members)
     if name is None:
         going = [run for run in names if not _ended(client, run)] or names
         if not going:

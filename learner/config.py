@@ -29,6 +29,8 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     """JSONL file in GSM8K's schema."""
     held_out: str = ""
     """JSONL file of questions that are only measured on; empty: the training questions."""
+    demonstrations: str = ""
+    """JSONL file of answers that the supervised warm-up learns; empty: those of the training questions."""
     template: str = ""
     """Prompt text with `{question}` in it; empty: the tokenizer's chat template, or the question and a
     line break if it has none."""
@@ -140,15 +142,15 @@ class SftConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen
     batch: Count = 256
     """Demonstrations a step."""
     max_steps: Count = 3000
-    """Give up after this many steps."""
+    """End after this many steps, undone ones included, even below the target."""
     target_accuracy_low: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.42
-    """Stop when the accuracy on held-out prompts reaches this."""
+    """Stop when the accuracy, measured on the questions that the run will ask, reaches this."""
     target_accuracy_high: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.48
     """Above this the last interval is undone and taken again in smaller ones."""
     measure_every: Count = 20
     """Steps between two measurements at first; halved after each overshoot."""
     measure_prompts: Count = 512
-    """Held-out prompts of a measurement, sampled at temperature 1; each interval first tries a quarter."""
+    """Prompts of a measurement, sampled at temperature 1; each interval first tries a quarter."""
     max_answer_tokens: Count = 16
     """Token limit of a sampled answer."""
 

@@ -24,8 +24,8 @@ RISE_STEPS = 20
 Example = tuple[list[int], list[int]]
 """A demonstration: prompt ids and answer ids, the end-of-sequence id included."""
 
-Held = tuple[list[int], str]
-"""A held-out prompt: its ids and the gold answer as the data set gives it."""
+Question = tuple[list[int], str]
+"""A prompt to measure on: its ids and the gold answer as the data set gives it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class SftReport:
     """Mean cross-entropy of the last step's answer tokens."""
     undone: int
     """Intervals that overshot and were taken back."""
+    reached: bool
+    """Whether the accuracy lies in the target; False if `max_steps` ended the warm-up below it."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,23 @@ class SftProgress:
 def warm_up(
     trainer: Trainer,
     examples: Iterator[Example],
-    held_out: Sequence[Held],
+    questions: Sequence[Question],
     score: Callable[[list[int], str], float],
     config: SftConfig,
     on_progress: Callable[[SftProgress], None],
     eos_id: int,
 ) -> SftReport:
-    """Train `trainer` on `examples` until its accuracy on `held_out` lies in the target.
+    """Train `trainer` on `examples` until its accuracy on `questions` lies in the target.
 
     `score(answer ids, gold)` is the reward, 1.0 for a right answer; the mean of it is the accuracy.
-    Raises `LearnerError` when `max_steps`, undone ones included, did not reach the target, when the
-    examples run out, or when a single step jumps over the target.
+    `max_steps`, undone ones included, end it below the target. Raises `LearnerError` when the examples
+    run out, or when a single step jumps over the target.
     """
-    measure = _Measurement(trainer, held_out, score, config, eos_id)
+    measure = _Measurement(trainer, questions, score, config, eos_id)
     steps, taken, undone, interval = 0, 0, 0, config.measure_every
     before = trainer.snapshot()
     while taken < config.max_steps:
+        interval = min(interval, config.max_steps - taken)
         for step in range(steps, steps + interval):
             batch = list(islice(examples, config.batch))
             if len(batch) < config.batch:
@@ -92,27 +95,24 @@ def warm_up(
             trainer.restore(before)
             steps, undone, interval = steps - interval, undone + 1, interval // 2
         elif accuracy >= config.target_accuracy_low:
-            return SftReport(steps, accuracy, loss, undone)
+            return SftReport(steps, accuracy, loss, undone, True)
         else:
             before = trainer.snapshot()
-    raise LearnerError(
-        f"sft: accuracy {accuracy:.2f} after {taken} steps, expected {config.target_accuracy_low}; raise "
-        "sft.max_steps or sft.lr, or make the task easier"
-    )
+    return SftReport(steps, accuracy, loss, undone, False)
 
 
 class _Measurement:
-    """Accuracy on held-out prompts at temperature 1, with a new seed and new prompts each time."""
+    """Accuracy on the questions at temperature 1, with a new seed and new prompts each time."""
 
     def __init__(
         self,
         trainer: Trainer,
-        held_out: Sequence[Held],
+        questions: Sequence[Question],
         score: Callable[[list[int], str], float],
         config: SftConfig,
         eos_id: int,
     ) -> None:
-        self._trainer, self._held_out, self._score = trainer, held_out, score
+        self._trainer, self._questions, self._score = trainer, questions, score
         self._config, self._eos_id = config, eos_id
 
     def __call__(self, seed: int) -> float:
@@ -125,10 +125,10 @@ class _Measurement:
 
     def _accuracy(self, size: int, seed: list[int]) -> float:
         source = np.random.default_rng(seed)
-        chosen = source.choice(len(self._held_out), min(size, len(self._held_out)), replace=False)
-        prompts = [self._held_out[index][0] for index in chosen]
+        chosen = source.choice(len(self._questions), min(size, len(self._questions)), replace=False)
+        prompts = [self._questions[index][0] for index in chosen]
         answers = self._trainer.generate(
             prompts, self._config.max_answer_tokens, self._eos_id, seed=int(source.integers(2**63))
         )
-        marks = [self._score(answer, self._held_out[i][1]) for answer, i in zip(answers, chosen, strict=True)]
+        marks = [self._score(answer, self._questions[i][1]) for answer, i in zip(answers, chosen, strict=True)]
         return float(np.mean(marks))

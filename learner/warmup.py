@@ -6,13 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
-from learner.datasets import PromptOrder, held_out
+from learner.datasets import PromptOrder
 from learner.errors import LearnerError
 from learner.evaluate import mark
 from learner.tokenizer import Tokenizer
@@ -42,14 +43,18 @@ def warm_up_on(
     seed: int,
     on_progress: Callable[[SftProgress], None],
 ) -> SftReport:
-    """Trains on the data set's answers until the accuracy on its held-out questions is in the target."""
+    """Trains on the demonstrations until the accuracy on the training questions, which are what a run's
+    reward is measured on, lies in the target."""
     from learner.sft import warm_up
 
     order, _ = PromptOrder.load(data, tokenizer, seed)
-    held = [(prompt.tokens, prompt.answer) for prompt in held_out(data, tokenizer)]
+    shown = order
+    if data.demonstrations:
+        shown, _ = PromptOrder.load(msgspec.structs.replace(data, path=data.demonstrations), tokenizer, seed)
+    questions = [(prompt.tokens, prompt.answer) for prompt in islice(order, len(order))]
 
     def demonstrations() -> Iterator[tuple[list[int], list[int]]]:
-        for prompt in order:
+        for prompt in shown:
             answer = prompt.answer
             if sft.demonstrate == "final":
                 answer = "#### " + answer.rpartition("####")[2].strip()
@@ -58,7 +63,7 @@ def warm_up_on(
     def score(answer: list[int], gold: str) -> float:
         return mark(tokenizer.decode(answer), gold)
 
-    return warm_up(trainer, demonstrations(), held, score, sft, on_progress, tokenizer.eos_id)
+    return warm_up(trainer, demonstrations(), questions, score, sft, on_progress, tokenizer.eos_id)
 
 
 def log_progress(progress: SftProgress) -> None:

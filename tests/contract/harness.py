@@ -155,7 +155,7 @@ class Run:
     def keys(self) -> dict[str, Any]:
         """Everything Redis holds of the run but the clock, to prove that a call changed nothing."""
         redis, found = self.stream.redis, {}
-        for name in redis.scan_iter(match=self.stream.key("*"), count=1000):
+        for name in redis.scan_iter(match=f"{{{self.stream.run}}}:*", count=1000):
             kind = redis.type(name)
             if kind == b"hash":
                 found[name] = redis.hgetall(name)

@@ -53,7 +53,8 @@ SCRIPTS = {
     "a group that is not what its lease allows": (
         {"batch": 1, "eta": 2, "attempts": 9},
         "feed 7, admit 0, publish 0, assign, commit 0, applied 0 0, admit 0, publish_unsound 0 3, admit 0, "
-        "publish_unsound 0 0, admit 0, publish_unsound 0 1, admit 0, publish_unsound 0 2, publish_late 0",
+        "publish_unsound 0 0, admit 0, publish_unsound 0 1, admit 0, publish_unsound 0 2, publish_late 0, "
+        "admit 0, publish_unsound 0 4",
     ),
     "a lease is renewed, then not": (
         {"batch": 1, "eta": 1, "attempts": 2},

@@ -72,6 +72,7 @@ MUTANTS = {
         "and version and redis.call('HGET', K.versions, version) == digest",
         "and version",
     ),
+    "publish believes the caller's version_min": ("sound = sound and lowest == version_min", ""),
     "publish takes groups older than the lease": ("version_min >= lease.version", "true"),
     "publish takes another group's id": ("local sound = lease.group == group and", "local sound ="),
     "a refused payload stays": (

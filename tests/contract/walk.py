@@ -147,17 +147,19 @@ class Walk:
             self.model.refused["unknown"] += 1
 
     def publish_unsound(self, choice: int, fault: int) -> None:
-        """A group comes in with an uncommitted digest, an older version, no version or as another group."""
+        """A group comes in with an uncommitted digest, no version, an older one, or as another group."""
         if lease := self._lease(choice):
             call = self._publish_call(lease.token, lease.version)
             changes: dict[str, object] = {"versions": (f"{lease.version}:other",)}
-            if fault % 4 == 1:
+            older = max(0, lease.version - 1)
+            if fault % 5 == 1:
                 changes = {"versions": ()}
-            elif fault % 4 == 2:
+            elif fault % 5 == 2:
                 changes = {"group": lease.group[:-2] + "77"}
-            elif fault % 4 == 3 and lease.version:
-                older = lease.version - 1
+            elif fault % 5 == 3 and lease.version:
                 changes = {"version_min": older, "versions": (f"{older}:{digest(older)}",)}
+            elif fault % 5 == 4 and lease.version:
+                changes = {"versions": (*call.versions, f"{older}:{digest(older)}")}
             answer = self.run.stream.publish(msgspec.structs.replace(call, **changes), PAYLOAD)
             assert (answer.status, answer.reason) == ("refused", "engine")
             self.over.append(call)
