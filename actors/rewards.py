@@ -67,12 +67,17 @@ def load_reward(path: str) -> Reward:
     """The function that `path`, `module:function`, names, with every result checked.
 
     A function may return a number alone: its parts are then empty. Raises `RewardError` if there is
-    no such function, and on each call whose result is not finite.
+    no such function, and on each call that raises or whose result is not finite.
     """
     function = _find(path)
 
     def reward(text: str, answer: str) -> tuple[float, dict[str, float]]:
-        result = function(text, answer)
+        try:
+            result = function(text, answer)
+        except RewardError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            raise RewardError(f"rollout.reward: {path} raised {type(error).__name__}: {error}") from error
         match result if isinstance(result, tuple) else (result, {}):
             case (int() | float() as value, dict() as parts) if all(
                 isinstance(part, int | float) and math.isfinite(part) for part in (value, *parts.values())

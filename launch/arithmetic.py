@@ -51,10 +51,10 @@ def write_arithmetic(folder: Path, *, seed: int) -> DataFiles:
 
 
 def _careless(answer: int, source: random.Random) -> int:
-    """The answer, or with `WRONG_SHARE` one that is off by up to 9."""
+    """The answer, 10 or more, or with probability `WRONG_SHARE` another positive one at most 9 away."""
     if source.random() >= WRONG_SHARE:
         return answer
-    return max(0, answer + source.choice([*range(-9, 0), *range(1, 10)]))
+    return answer + source.choice([*range(-9, 0), *range(1, 10)])
 
 
 def _write(path: Path, rows: Iterable[tuple[int, int, int]]) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,12 +101,12 @@ def _write_tokenizer(folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_weights(folder: Path, config: dict[str, object], seed: int) -> None:
+def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
     """model.safetensors under the names transformers gives a Qwen3 model."""
     from safetensors.numpy import save_file
 
     source = np.random.default_rng(seed)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, shape in _shapes(config).items():
         if len(shape) == 1:
             tensors[name] = np.ones(shape, np.float32)
@@ -116,7 +117,7 @@ def _write_weights(folder: Path, config: dict[str, object], seed: int) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor's shape; matrices are [out, in]."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -133,7 +134,7 @@ def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}

@@ -130,5 +130,7 @@ class _Measurement:
         answers = self._trainer.generate(
             prompts, self._config.max_answer_tokens, self._eos_id, seed=int(source.integers(2**63))
         )
-        marks = [self._score(answer, self._questions[i][1]) for answer, i in zip(answers, chosen, strict=True)]
+        marks = [
+            self._score(answer, self._questions[i][1]) for answer, i in zip(answers, chosen, strict=True)
+        ]
         return float(np.mean(marks))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-import torch
+from actors.sglang_cpu.vision import stand_in_for_torchvision
 
 PR_SET_PDEATHSIG = 1
 """`prctl` option: the signal the kernel sends us when our parent dies (linux/prctl.h)."""
@@ -28,23 +28,6 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def declare_torchvision_operators() -> torch.library.Library:
-    """Declare the operators whose absence makes `import torchvision` fail without its C++ library.
-
-    SGLang imports torchvision for images, which we never send; wheels built for CUDA do not load on
-    a CPU torch, and then only these three names are missing. They last as long as the result does.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    library.define("nms" + boxes)
-    library.define("qnms" + boxes)
-    library.define(
-        "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-        "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
-    )
-    return library
 
 
 def fork_scheduler(*_: object) -> None:
@@ -95,5 +78,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    operators = declare_torchvision_operators()
+    stand_in_for_torchvision()
     main(sys.argv[1:])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 
 from buffer.admission import Heartbeat
 from buffer.client import AsyncStream, Stream
@@ -101,6 +102,20 @@ async def test_an_actors_connection_repeats_alike(run: Run, proxy: LossyProxy, u
     await actor.close()
     ledger = run.snapshot()
     assert (ledger.counts, ledger.sizes["payloads"]) == (Counts(admitted=1, queued=1), 1)
+
+
+async def test_a_plain_write_is_never_repeated(run: Run, proxy: LossyProxy, url: str) -> None:
+    """Redis clients repeat by default, and a repeated push is a second message."""
+    name = run.stream.key("mail:a")
+    proxy.lose, proxy.word = 1, b"RPUSH"
+    with pytest.raises(redis.ConnectionError):
+        run.stream.redis.rpush(name, "once")
+    actor = AsyncStream.connect(url, run.stream.run)
+    proxy.lose = 1
+    with pytest.raises(redis.ConnectionError):
+        await actor.redis.rpush(name, "once")
+    await actor.close()
+    assert run.stream.redis.llen(name) == 2
 
 
 async def test_patience_ends_with_a_typed_error(run: Run, proxy: LossyProxy, url: str) -> None:

@@ -68,9 +68,10 @@ def test_the_floor_is_enough(info: str) -> None:
 @pytest.mark.parametrize("hello", ["HTTP/1.1 400 Bad Request\r\n\r\n", "-ERR unknown command\r\n", ""])
 def test_something_else_on_the_port_is_no_redis(hello: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(client._OPTIONS, "socket_timeout", 0.2)
-    with answering({"HELLO": hello, "INFO": "-ERR unknown command\r\n"}) as port:
-        with pytest.raises((RedisUnavailable, RedisUnsuitable), match=f"127.0.0.1:{port}"):
-            connect(f"redis://127.0.0.1:{port}")
+    answers = {"HELLO": hello, "INFO": "-ERR unknown command\r\n"}
+    errors = (RedisUnavailable, RedisUnsuitable)
+    with answering(answers) as port, pytest.raises(errors, match=f"127.0.0.1:{port}"):
+        connect(f"redis://127.0.0.1:{port}")
 
 
 def test_a_right_that_is_missing_is_named(redis_server: LocalServer, stream: Stream) -> None:

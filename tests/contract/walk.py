@@ -12,14 +12,16 @@ from contextlib import contextmanager
 
 import msgspec
 import pytest
+import redis
 
 from buffer.admission import Assign, Drop, Lease
 from buffer.client import Stream
 from buffer.errors import Fenced, StreamError
-from buffer.ledger import Applied, Snapshot
+from buffer.ledger import Applied
 from buffer.stream import Publish
 from tests.contract.harness import Run, digest
-from tests.contract.model import Model
+from tests.contract.invariants import check
+from tests.contract.model import HeldLease, Model
 
 LEASE_MS = 1000
 PAYLOAD = b"payload"
@@ -29,7 +31,9 @@ REASONS = ("released", "engine", "reward", "poison")
 class Walk:
     """A run with some actors, beside its model."""
 
-    def __init__(self, stream: Stream, *, batch: int, eta: int, max_steps: int, attempts: int, actors: int):
+    def __init__(
+        self, stream: Stream, *, batch: int, eta: int, max_steps: int, attempts: int, actors: int
+    ) -> None:
         settings = {"batch": batch, "eta": eta, "max_steps": max_steps, "attempts_max": attempts}
         self.run = Run(stream, lease_ms=LEASE_MS, **settings)
         self.model = Model(**settings, lease_ms=LEASE_MS)
@@ -239,37 +243,13 @@ class Walk:
             self.run.heartbeat(self._actor(choice))
             self.model.tick(1000)
 
-    # What must hold after each of these.
-
     def check(self) -> None:
-        """The server's state equals the model's, and the invariants hold on the server's own figures."""
-        model = self.model
-        with self._redis().pipeline() as pipe:
-            pipe.execute_command(*Snapshot().command(self.run.stream.run))
-            pipe.hvals(self._key("leased")).zrange(self._key("ready"), 0, -1, withscores=True)
-            snapshot, leased, ready = pipe.execute()
-        ledger = Snapshot.answer(snapshot)
-        counts = msgspec.to_builtins(ledger.counts)
-        assert ledger.counts.conserved, counts
-        assert counts.pop("dropped") == dict(model.dropped)
-        assert counts.pop("refused") == dict(model.refused)
-        assert counts == model.counts()
-        assert max(ledger.staleness, default=0) <= model.eta
-        assert ledger.staleness == model.staleness()
-        assert (ledger.number("head"), ledger.number("version")) == (model.head, model.version)
-        assert (ledger.number("tail"), ledger.number("clock")) == (model.tail, model.clock)
-        due = [msgspec.json.decode(raw)["deadline"] for raw in leased] + [int(score) for _, score in ready]
-        assert ledger.outstanding == {deadline: due.count(deadline) for deadline in due}
-        assert sorted(due) == sorted(model.deadlines())
-        assert ledger.sizes["payloads"] == model.payloads()
-        assert ledger.sizes["leases"] == len(leased) == ledger.counts.leased
-        assert ledger.sizes["ready"] == ledger.counts.queued
-        assert (ledger.sizes["prompts"], ledger.sizes["dead"]) == (len(model.prompts), model.dead)
-        assert {name: record.version for name, record in ledger.actors.items()} == model.serving
+        """What must hold after each of these."""
+        check(self.run, self.model)
 
     # How the above is said.
 
-    def _redis(self):
+    def _redis(self) -> redis.Redis:
         return self.run.stream.redis
 
     def _key(self, name: str) -> str:
@@ -278,7 +258,7 @@ class Walk:
     def _actor(self, choice: int) -> str:
         return self.names[choice % len(self.names)]
 
-    def _lease(self, choice: int):
+    def _lease(self, choice: int) -> HeldLease | None:
         tokens = sorted(self.model.leases)
         return self.model.leases[tokens[choice % len(tokens)]] if tokens else None
 

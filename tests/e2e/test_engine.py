@@ -15,7 +15,6 @@ import torch
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
 from actors.errors import EngineError
-from actors.sglang_cpu.serve import declare_torchvision_operators
 from weightsync.errors import WeightSyncError
 from weightsync.manifest import Manifest
 from weightsync.transports.stock import StockGroup
@@ -29,7 +28,6 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 def make_model(folder: Path, seed: int) -> torch.nn.Module:
     """A tiny Qwen3 with random weights, saved to `folder`."""
-    operators = declare_torchvision_operators()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -51,7 +49,6 @@ def make_model(folder: Path, seed: int) -> torch.nn.Module:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.12)
     model.save_pretrained(folder)
-    del operators
     return model
 
 

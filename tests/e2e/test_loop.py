@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ SMALL = [
     "sft.target_accuracy_high=0.99",
 ]
 
+Finished = tuple[Path, dict[str, Any], dict[str, Any]]
+"""A run's folder, its summary, and a status read while it trained."""
 
-def launch(folder: Path, *argv: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+
+def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
     """A `launch` process in `folder`, its output kept in files there."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *argv],
-        cwd=folder,
-        env={**os.environ, **(environment or {})},
-        stdout=(folder / f"{argv[0]}.out").open("w"),
-        stderr=(folder / f"{argv[0]}.err").open("w"),
-        text=True,
-        start_new_session=True,
-    )
+    with (folder / f"{argv[0]}.out").open("w") as out, (folder / f"{argv[0]}.err").open("w") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", *argv],
+            cwd=folder,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
 
 
 def run(folder: Path, *argv: str) -> str:
@@ -56,28 +58,24 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def descendants() -> list[str]:
-    """Command lines of processes that belong to a run: workers, engines and servers."""
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder: workers, engines and servers of its runs."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
+            if (process / "cwd").resolve().is_relative_to(folder):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-        if any(
-            part in line for part in ("learner.worker", "actors.worker", "sglang_cpu", "sglang::", "valkey")
-        ):
-            found.append(line)
     return found
 
 
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+) -> Finished:
     """A finished small demo: its folder, its summary, and a status read while it trained."""
     folder = tmp_path_factory.mktemp("demo")
-    before = set(descendants())
     process = launch(folder, "demo", "--json", *SMALL)
     status: dict[str, Any] = {}
 
@@ -97,11 +95,11 @@ def finished(
     wait_until(training, 240, "training")
     assert process.wait(240) == 0, (folder / "demo.err").read_text()
     summary = json.loads((folder / "demo.out").read_text().splitlines()[-1])
-    assert set(descendants()) <= before
-    yield folder, summary, status
+    assert processes_in(folder) == []
+    return folder, summary, status
 
 
-def test_the_summary_accounts_for_every_group(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+def test_the_summary_accounts_for_every_group(finished: Finished) -> None:
     folder, summary, _ = finished
     groups = summary["groups"]
     held = groups["leased"] + groups["queued"] + groups["assigned"] + groups["trained"]
@@ -112,7 +110,7 @@ def test_the_summary_accounts_for_every_group(finished: tuple[Path, dict[str, An
 
 
 def test_every_engine_serves_the_weights_of_the_learner(
-    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+    finished: Finished,
 ) -> None:
     weights = finished[1]["report"]["weights"]
     assert weights["version"] == 6
@@ -121,7 +119,7 @@ def test_every_engine_serves_the_weights_of_the_learner(
     assert max(weights["max_difference"].values()) < 1e-4
 
 
-def test_status_shows_the_run_from_redis_alone(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+def test_status_shows_the_run_from_redis_alone(finished: Finished) -> None:
     status = finished[2]
     assert (status["run"], status["max_steps"], status["max_staleness"]) == ("demo", 6, 2)
     assert status["conserved"]
@@ -129,7 +127,7 @@ def test_status_shows_the_run_from_redis_alone(finished: tuple[Path, dict[str, A
 
 
 def test_the_run_folder_holds_what_the_readme_promises(
-    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+    finished: Finished,
 ) -> None:
     folder = finished[0] / "runs/demo"
     for name in ("config.json", "metrics.jsonl", "timeline.jsonl", "report.json", "summary.json"):
@@ -140,7 +138,7 @@ def test_the_run_folder_holds_what_the_readme_promises(
 
 
 def test_transformers_loads_the_export_and_it_answers(
-    finished: tuple[Path, dict[str, Any], dict[str, Any]],
+    finished: Finished,
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,7 +154,7 @@ def test_transformers_loads_the_export_and_it_answers(
     assert text.startswith("#### ")
 
 
-def test_generation_and_training_overlap(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+def test_generation_and_training_overlap(finished: Finished) -> None:
     assert finished[1]["overlap"] > 0
     assert finished[1]["staleness_mean"] > 0
 

@@ -1,11 +1,10 @@
-"""A version really arrives: learner's side, Redis, actor's side and a real engine; and a broken push is seen."""
+"""A version really arrives in a real engine, by way of Redis and both sides; a broken push is seen."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +49,11 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
 
 
 async def push(
-    server: LocalServer, engine: Engine, manifest: Manifest, tensors: dict[str, torch.Tensor], expected: list[np.ndarray]
+    server: LocalServer,
+    engine: Engine,
+    manifest: Manifest,
+    tensors: dict[str, torch.Tensor],
+    expected: list[np.ndarray],
 ) -> WeightCheck:
     """Offers a version to the engine through a run of its own, then checks the engine against `expected`."""
     name = f"push-{secrets.token_hex(4)}"
@@ -70,9 +73,7 @@ async def push(
         offers.publish(manifest, tensors)
         assert await asyncio.wait_for(served.get(), 30) == manifest.version
         assert learner.call(Snapshot()).actors["a"].version == manifest.version
-        check = await asyncio.to_thread(
-            check_engines, learner, manifest, SEQUENCES, expected, timeout_s=20
-        )
+        check = await asyncio.to_thread(check_engines, learner, manifest, SEQUENCES, expected, timeout_s=20)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await actor.close()

@@ -1,4 +1,4 @@
-"""The layers, read from the source: who may import whom, and what stays out of a light import."""
+"""What an import brings with it, and what is never imported. The layers themselves: import-linter."""
 
 from __future__ import annotations
 
@@ -13,21 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("launch", "learner", "actors", "weightsync", "buffer")
 
-MAY_IMPORT = {
-    "launch": {"launch", "learner", "actors", "weightsync", "buffer"},
-    "learner": {"learner", "weightsync", "buffer"},
-    "actors": {"actors", "weightsync", "buffer"},
-    "weightsync": {"weightsync", "buffer"},
-    "buffer": {"buffer"},
-}
-"""launch > learner | actors > weightsync > buffer."""
-
-FORBIDDEN = {
-    "learner": {"sglang"},
-    "actors": {"megatron"},
-    "buffer": {"torch", "transformers", "sglang", "megatron"},
-    "weightsync": {"sglang", "megatron", "transformers"},
-}
 HEAVY = {"torch", "transformers", "sglang", "megatron", "ray", "wandb", "matplotlib"}
 DATA_FREE = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 """Formats that run code when they are read: records and weights never use them."""
@@ -59,17 +44,6 @@ def _imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
-    wrong = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in _sources(package)
-        for name, _ in _imports(path)
-        if (name in PACKAGES and name not in MAY_IMPORT[package]) or name in FORBIDDEN.get(package, ())
-    }
-    assert not wrong
 
 
 def test_launch_imports_nothing_heavy_at_the_top() -> None:

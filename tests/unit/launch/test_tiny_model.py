@@ -45,7 +45,7 @@ def test_transformers_and_tokenizers_agree(folder: Path, tokenizer: Tokenizer) -
 
     loaded = AutoTokenizer.from_pretrained(folder)
     assert (loaded.eos_token_id, loaded.pad_token_id) == (EOS_ID, EOS_ID)
-    text = f"Janet’s ducks, $2 .\n#### 46{EOS}"
+    text = f"Zoë's ducks, $2 .\n#### 46{EOS}"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert loaded.encode(text, add_special_tokens=False) == ids
     assert loaded.decode(ids) == text
@@ -84,7 +84,8 @@ def test_other_shapes_load(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     shape = {"hidden": 64, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 64, "intermediate": 96}
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_qwen3(tmp_path, seed=0, **shape))
+    folder = make_tiny_qwen3(tmp_path, seed=0, **shape)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(model.model.layers) == 3
     assert model.num_parameters() == sum(t.size for t in load_file(tmp_path / "model.safetensors").values())
 

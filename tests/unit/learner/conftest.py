@@ -31,27 +31,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def transformers() -> object:
-    """The transformers package, importable beside a torchvision without its compiled operators."""
-    schemas = torch.library.Library("torchvision", "FRAGMENT")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        schemas.define(
-            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width,"
-            " int sampling_ratio, bool aligned) -> Tensor"
-        )
-    import transformers
-
-    transformers._torchvision_schemas = schemas  # they vanish with the library object
-    return transformers
-
-
-@pytest.fixture(scope="session")
-def make_checkpoint(
-    transformers, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Path, torch.nn.Module]]:
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, torch.nn.Module]]:
     """A factory of (folder, transformers model): weights of std 0.1, norms perturbed around 1."""
+
+    import transformers
 
     def make(seed: int = 0, std: float = 0.1, **overrides: object) -> tuple[Path, torch.nn.Module]:
         rope = {"rope_theta": 1e6, "rope_type": "default"}
