@@ -157,6 +157,8 @@ def test_a_prompt_that_fails_too_often_becomes_a_dead_letter(run: Run) -> None:
 def test_freed_places_wake_waiting_actors_and_are_capped(run: Run) -> None:
     places = run.stream.key("places")
     assert run.stream.redis.llen(places) == 4, "a feed wakes as many as could be admitted, B (eta + 1)"
+    run.feed(20, 4)
+    assert run.stream.redis.llen(places) == 4
     run.stream.redis.delete(places)
     lease = run.admit("a")
     assert run.stream.take(places, 0.05) is None

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.e2e.commands import (
+    finish,
+    launch,
+    metrics_of,
+    output,
+    processes_in,
+    summary_of,
+    wait_until,
+    worker_pid,
+)
 
 SMALL = [
     "stream.max_steps=6",
@@ -28,48 +35,6 @@ Finished = tuple[Path, dict[str, Any], dict[str, Any]]
 """A run's folder, its summary, and a status read while it trained."""
 
 
-def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
-    """A `launch` process in `folder`, its output kept in files there."""
-    with (folder / f"{argv[0]}.out").open("w") as out, (folder / f"{argv[0]}.err").open("w") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", *argv],
-            cwd=folder,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
-
-
-def run(folder: Path, *argv: str) -> str:
-    """The standard output of a `launch` command that must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *argv], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Command lines of the processes that work in a folder: workers, engines and servers of its runs."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cwd").resolve().is_relative_to(folder):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
@@ -82,19 +47,14 @@ def finished(
     def training() -> bool:
         if process.poll() is not None:
             return True
-        answer = subprocess.run(
-            [sys.executable, "-m", "launch.cli", "status", "--json"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
+        answer = finish(folder, "status", "--json")
         if answer.returncode == 0:
             status.update(json.loads(answer.stdout))
         return status.get("phase") == "training"
 
     wait_until(training, 240, "training")
     assert process.wait(240) == 0, (folder / "demo.err").read_text()
-    summary = json.loads((folder / "demo.out").read_text().splitlines()[-1])
+    summary = summary_of(folder, "demo")
     assert processes_in(folder) == []
     return folder, summary, status
 
@@ -166,8 +126,8 @@ def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_
     try:
         wait_until(lambda: (tmp_path / "runs/redis/redis.url").exists(), 20, "Redis")
         processes.append(launch(tmp_path, "actors", "--count", "2"))
-        model = run(tmp_path, "model", "--out", "model").strip()
-        run(tmp_path, "data", "--out", "data")
+        model = output(tmp_path, "model", "--out", "model").strip()
+        output(tmp_path, "data", "--out", "data")
         overrides = ["name=zero", f"model.path={model}", "data.path=data/train.jsonl", "optimizer.lr=0"]
         small = ["stream.max_steps=12", "stream.groups_per_step=4", "stream.group_size=4", "stream.lease_s=3"]
         sampling = ["rollout.sampling.max_new_tokens=6"]
@@ -175,7 +135,7 @@ def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_
         processes.append(learner)
 
         def status() -> dict[str, Any]:
-            return json.loads(run(tmp_path, "status", "--json"))
+            return json.loads(output(tmp_path, "status", "--json"))
 
         wait_until(lambda: "waiting" in (tmp_path / "actors.err").read_text(), 20, "actors to wait")
         wait_until(lambda: "actor-0" in (tmp_path / "actors.err").read_text(), 60, "actors to find the run")
@@ -186,29 +146,17 @@ def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_
         processes.append(later)
         wait_until(lambda: status()["step"] >= 2, 120, "two steps")
         victim = next(a["name"] for a in status()["actors"] if a["state"] == "running")
-        os.kill(worker_pid(victim), signal.SIGKILL)
+        os.kill(worker_pid(victim, tmp_path), signal.SIGKILL)
         assert learner.wait(180) == 0, (tmp_path / "learner.err").read_text()
-        summary = json.loads((tmp_path / "learner.out").read_text().splitlines()[-1])
+        summary = summary_of(tmp_path, "learner")
     finally:
         for process in reversed(processes):
             process.terminate()
         for process in processes:
             process.wait(60)
-    rows = [json.loads(line) for line in (tmp_path / "runs/zero/metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(tmp_path / "runs/zero")
     assert summary["steps"] == 12
     assert summary["conserved"]
     assert max(row["ratio_deviation_max"] for row in rows) < 1e-4
     assert max(row["clip_fraction"] for row in rows) == 0
     assert np.isfinite([row["grad_norm"] for row in rows]).all()
-
-
-def worker_pid(actor: str) -> int:
-    """The pid of an actor's worker process."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            argv = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "actors.worker" in argv and actor in argv:
-            return int(path.parent.name)
-    raise AssertionError(f"no process of {actor}")

@@ -1,0 +1,92 @@
+"""Running the real command line in tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
+    """A `launch` process in `folder`; its output goes to `<command>.out` and `<command>.err` there."""
+    with (folder / f"{argv[0]}.out").open("w") as out, (folder / f"{argv[0]}.err").open("w") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", *argv],
+            cwd=folder,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+
+
+def finish(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """A `launch` command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *argv], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def output(folder: Path, *argv: str) -> str:
+    """The standard output of a `launch` command that must succeed."""
+    done = finish(folder, *argv)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def summary_of(folder: Path, command: str) -> dict[str, Any]:
+    """The summary that `launch demo --json` or `launch learner --json` printed last."""
+    return json.loads((folder / f"{command}.out").read_text().splitlines()[-1])
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The steps of the run that left its files in `folder`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of `condition`; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder: workers, engines and servers of its runs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve().is_relative_to(folder):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def worker_pid(actor: str, folder: Path) -> int:
+    """The pid of an actor's worker process."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            argv = (process / "cmdline").read_bytes().decode().split("\0")
+            if (
+                "actors.worker" in argv
+                and actor in argv
+                and (process / "cwd").resolve().is_relative_to(folder)
+            ):
+                return int(process.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of {actor}")
+
+
+def sockets() -> set[str]:
+    """Folders of private servers' sockets on this machine."""
+    root = Path(os.environ.get("TMPDIR", "/tmp"))
+    return {path.name for path in root.glob("slipstream-*")}
