@@ -244,12 +244,14 @@ class Engine:
             raise EngineError(
                 f"engine {self._server.name}: sample ended by {reason}: {meta.finish_reason.message}"
             )
-        if [token for _, token, _ in logprobs] != answer.output_ids:
+        values = [value for value, *_ in logprobs if value is not None]
+        if [token for _, token, _ in logprobs] != answer.output_ids or len(values) != len(logprobs):
             raise EngineError(
-                f"engine {self._server.name}: got log-probabilities of {len(logprobs)} tokens, "
+                f"engine {self._server.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        return Completion(answer.output_ids, [value for value, *_ in logprobs], reason, meta.weight_version)
+        finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
+        return Completion(answer.output_ids, values, finish, meta.weight_version)
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
         """POST with the admin key where the path asks for it."""

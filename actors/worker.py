@@ -94,7 +94,7 @@ class Actor:
             self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
         )
         loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine))]
-        watched: list[asyncio.Future[None]] = [*loops, heartbeat, self._failed]
+        watched: list[asyncio.Future[Any]] = [*loops, heartbeat, self._failed]
         try:
             await asyncio.wait([*watched, halted], return_when=asyncio.FIRST_COMPLETED)
             for task in watched:

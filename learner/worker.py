@@ -119,8 +119,8 @@ class Learner:
         )
         if joined.version >= 0:
             raise LearnerError(
-                f"run {self._settings.name} has {joined.version} steps already and no checkpoint to go on from; "
-                "give the new run another name"
+                f"run {self._settings.name} has {joined.version} steps already and no checkpoint to go on "
+                "from; give the new run another name"
             )
         stream.redis.sadd(RUNS, self._settings.name)
         stream.redis.hset(stream.key("files"), mapping=model_files(Path(self._settings.model.path)))
@@ -248,7 +248,7 @@ class Learner:
 
 
 def main() -> int:
-    """Entry point of the learner's process: `python -m learner.worker --folder DIR`, with `config.json` in it."""
+    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     folder = parser.parse_args().folder

@@ -48,7 +48,8 @@ class BatchedAttention(AttentionBackend):
         super().__init__()
         self.requests = runner.req_to_token_pool
         self.cache = runner.token_to_kv_pool
-        self.layout: Layout | None = None
+        self.layout: Layout
+        """Of the batch under way; SGLang sets it before the first layer."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Lay out the batch, once for all layers."""
@@ -69,34 +70,60 @@ class BatchedAttention(AttentionBackend):
         mask = seen <= position[:, :, None]
         self.layout = Layout(slots, rows, real, mask[:, None])
 
-    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
         """One new token a sequence. q [B, H*D], k and v [B, Hkv*D] or None; returns [B, H*D]."""
         self._save(k, v, layer, forward_batch, save_kv_cache)
         groups = layer.tp_q_head_num // layer.tp_k_head_num
         query = q.view(-1, layer.tp_k_head_num, groups, layer.qk_head_dim)
         return self._attend(query, self.layout.mask, layer).reshape(q.shape[0], -1)
 
-    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
         """Several new tokens a sequence. q [N, H*D], k and v [N, Hkv*D] or None; returns [N, H*D]."""
         self._save(k, v, layer, forward_batch, save_kv_cache)
         heads, groups = layer.tp_k_head_num, layer.tp_q_head_num // layer.tp_k_head_num
-        batch, length = self.layout.rows.shape
-        query = q.view(-1, heads, groups, layer.qk_head_dim)[self.layout.rows]
+        rows, real = self.layout.rows, self.layout.real
+        assert rows is not None
+        assert real is not None
+        batch, length = rows.shape
+        query = q.view(-1, heads, groups, layer.qk_head_dim)[rows]
         query = query.permute(0, 2, 3, 1, 4).reshape(batch, heads, groups * length, -1)
         out = self._attend(query, self.layout.mask.repeat(1, 1, groups, 1), layer)
         out = out.view(batch, heads, groups, length, -1).permute(0, 3, 1, 2, 4)
-        return out[self.layout.real].reshape(q.shape[0], -1)
+        return out[real].reshape(q.shape[0], -1)
 
     def support_triton(self) -> bool:
         """There is no Triton on a CPU."""
         return False
 
-    def _save(self, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save: bool) -> None:
+    def _save(
+        self,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save: bool,
+    ) -> None:
         """Write the new keys and values into the cache, after refusing layers we would get wrong."""
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
-            raise NotImplementedError(f"layer {layer.layer_id} is not causal self-attention")
+            raise ValueError(f"layer {layer.layer_id} is not causal self-attention")
         if layer.sliding_window_size > -1 or layer.logit_cap > 0:
-            raise NotImplementedError(f"layer {layer.layer_id} has a sliding window or a logit cap")
+            raise ValueError(f"layer {layer.layer_id} has a sliding window or a logit cap")
         if save and k is not None:
             self.cache.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 

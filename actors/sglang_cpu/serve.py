@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from actors.sglang_cpu.vision import stand_in_for_torchvision
 
@@ -40,7 +41,9 @@ def fork_scheduler(*_: object) -> None:
     multiprocessing.set_start_method("fork", force=True)
 
 
-def launch_detokenizer(original: Callable, cls: type, server_args, port_args, **rest):
+def launch_detokenizer(
+    original: Callable[..., Any], cls: type, server_args: Any, port_args: Any, **rest: Any
+) -> Any:
     """No detokenizer for a server that returns token ids: SGLang would start one that does nothing."""
     if server_args.skip_tokenizer_init:
         return [], []

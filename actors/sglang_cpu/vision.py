@@ -35,7 +35,6 @@ class _Absent(ModuleType):
     """A module that has every name, and nothing behind it: instances of its classes do nothing."""
 
     __version__ = "0"
-    __path__: list[str] = []
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -50,6 +49,7 @@ def stand_in_for_torchvision() -> None:
     for name in MODULES:
         module = _Absent(name)
         module.__spec__ = ModuleSpec(name, None)
+        module.__path__ = []
         sys.modules[name] = module
         parent, _, leaf = name.rpartition(".")
         if parent:

@@ -58,5 +58,5 @@ def test_a_missing_file_and_bad_toml_are_named(tmp_path: Path) -> None:
         load([tmp_path / "none.toml"], [])
     bad = tmp_path / "bad.toml"
     bad.write_text("a = = 1")
-    with pytest.raises(LaunchError, match="bad.toml"):
+    with pytest.raises(LaunchError, match=r"bad\.toml"):
         load([bad], [])

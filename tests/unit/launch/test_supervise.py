@@ -59,7 +59,8 @@ def test_the_last_line_of_the_log_is_what_a_child_said_last(tmp_path: Path) -> N
 def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from launch.supervise import Supervisor;"
-        "c = Supervisor().start('s', [sys.executable, '-c', 'import time; time.sleep(60)'], {}, Path(sys.argv[1]));"
+        "argv = [sys.executable, '-c', 'import time; time.sleep(60)'];"
+        "c = Supervisor().start('s', argv, {}, Path(sys.argv[1]));"
         "print(c.process.pid, flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "s.log")]
