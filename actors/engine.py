@@ -98,7 +98,7 @@ class Engine:
             log: file for the server's output, replaced.
             load_format: `dummy` fills in random weights, `auto` reads the folder's safetensors.
 
-        Raises `EngineError` with the last lines of the log; nothing of the server is left then.
+        Raises `EngineError` with what the log says last; nothing of the server is left then.
         """
         if not (model / "config.json").is_file():
             raise EngineError(

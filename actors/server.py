@@ -13,8 +13,6 @@ from pathlib import Path
 from actors.config import EngineConfig
 from actors.errors import EngineError
 
-TAIL_LINES = 12
-"""Lines of the log that a failed start shows."""
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
@@ -86,15 +84,18 @@ class Server:
     def failure(self) -> EngineError:
         """Why the server ended or does not come up, as its log tells it."""
         text = self._log.read_text(errors="replace")
-        tail = "\n  ".join(text.splitlines()[-TAIL_LINES:])
+        lines = [line for line in text.splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "nothing"
         status = "is not ready" if self.returncode is None else f"ended with status {self.returncode}"
         if any(sign in text for sign in OUT_OF_MEMORY):
             advice = (
                 "it ran out of memory: lower engine.max_total_tokens, use a smaller model, or free memory"
             )
         else:
-            advice = f"see {self._log}"
-        return EngineError(f"engine {self.name}: the server {status}; {advice}. Last lines:\n  {tail}")
+            advice = "see its log"
+        return EngineError(
+            f"engine {self.name}: the server {status}; {advice} ({self._log}). It said last: {last:.300}"
+        )
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ import redis
 
 from buffer.client import connect
 from buffer.errors import RedisUnavailable, RedisUnsuitable
+from buffer.process import end_with_parent
 
 START_TIMEOUT_S = 20.0
 _PORT_TRIES = 5
@@ -75,7 +76,11 @@ class LocalServer:
         # The password goes by standard input: a command line can be read by every user.
         text = "".join(f"{name} {value}\n" for name, value in settings.items())
         process = subprocess.Popen(
-            [program, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            [program, "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         assert process.stdin is not None
         process.stdin.write(text.encode())

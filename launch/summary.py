@@ -114,7 +114,7 @@ def render(summary: Summary) -> str:
     ]
     if held_out:
         lines.append(f"held out    accuracy {held_out['accuracy']:.3f} on {held_out['prompts']} questions")
-        lines += [f"            {e['question']} -> {e['answered']}" for e in held_out["examples"]]
+        lines += [f"            {e['question']:.60} -> {e['answered']:.60}" for e in held_out["examples"]]
     return "\n".join([*lines, f"files       {run_folder(summary.run)}"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-_PR_SET_PDEATHSIG = 1
+from buffer.process import end_with_parent
+
 DRAIN_S = 30.0
 """How long a process may take to end in order before it is killed."""
 
@@ -87,9 +87,3 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop(self.children)
-
-
-def end_with_parent() -> None:
-    """Asks the kernel to send SIGTERM when the parent dies, so that kill -9 leaves nothing behind (Linux)."""
-    if os.uname().sysname == "Linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

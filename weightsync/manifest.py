@@ -43,11 +43,14 @@ class Manifest(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, version: int, tensors: Mapping[str, torch.Tensor]) -> Manifest:
         """The manifest of exported tensors (contiguous, on the CPU), in their order."""
+        import torch
+
         entries, state = [], xxhash.xxh3_128()
         for name, tensor in tensors.items():
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             state.update(msgspec.json.encode(entry))
-            state.update(tensor.numpy().reshape(-1).view("u1") if tensor.numel() else b"")
+            # As bytes: NumPy has no bfloat16.
+            state.update(tensor.reshape(-1).view(torch.uint8).numpy())
             entries.append(entry)
         return cls(version, state.hexdigest(), entries)
 

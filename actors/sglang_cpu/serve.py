@@ -6,7 +6,6 @@ front end, one with the scheduler and the model.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -17,18 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.sglang_cpu.vision import stand_in_for_torchvision
-
-PR_SET_PDEATHSIG = 1
-"""`prctl` option: the signal the kernel sends us when our parent dies (linux/prctl.h)."""
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that happens (Linux only).
-
-    SGLang's children ask for the same, so nothing of the server outlives the actor.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+from buffer.process import end_with_parent
 
 
 def fork_scheduler(*_: object) -> None:
@@ -80,6 +68,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    end_with_parent(signal.SIGKILL)  # and SGLang's children end with it
     stand_in_for_torchvision()
     main(sys.argv[1:])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,21 @@ def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
         )
 
 
-def finish(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """A `launch` command that ends by itself."""
+def finish(folder: Path, *argv: str, address_space: int = 0) -> subprocess.CompletedProcess[str]:
+    """A `launch` command that ends by itself; `address_space` limits each of its processes, in bytes."""
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *argv], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "launch.cli", *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=partial(limit_memory, address_space) if address_space else None,
     )
+
+
+def limit_memory(address_space: int) -> None:
+    """Lets this process and its children have no more virtual memory than this."""
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
 
 
 def output(folder: Path, *argv: str) -> str:

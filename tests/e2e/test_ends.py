@@ -85,9 +85,15 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert_refused(tmp_path, "model has no tokenizer.json", "model.path=model")
 
 
-def assert_refused(folder: Path, said: str, *argv: str) -> None:
+def test_an_engine_without_memory_says_what_to_lower(tmp_path: Path) -> None:
+    """The cache asked for does not fit into what a process may have."""
+    said = "it ran out of memory: lower engine.max_total_tokens"
+    assert_refused(tmp_path, said, "engine.max_total_tokens=100000000", *QUICK, address_space=8 << 30)
+
+
+def assert_refused(folder: Path, said: str, *argv: str, address_space: int = 0) -> None:
     """`launch demo` with these arguments ends with code 2, one line that says so, and nothing running."""
-    done = finish(folder, "demo", *argv)
+    done = finish(folder, "demo", *argv, address_space=address_space)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr.splitlines()[-1]
     assert processes_in(folder) == []

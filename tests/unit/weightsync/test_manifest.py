@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from weightsync.manifest import Manifest, TensorEntry, parse_label
 
-DTYPES = [torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
 
 
 def _weights() -> dict[str, torch.Tensor]:
