@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -65,6 +66,7 @@ class Actor:
         self._state, self._version, self._requests = "starting", -1, 0
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed = asyncio.Event()
         self.epoch = ""
         self.served = False
         """Whether the engine ever came up; one that never did will not the next time either."""
@@ -89,7 +91,8 @@ class Actor:
                 heartbeat.result()
             return
         engine = starting.result()
-        self._state, self.served = "running", True
+        self.served = True
+        self._enter("running")
         weights = WeightWorker(
             self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
         )
@@ -100,7 +103,7 @@ class Actor:
             for task in watched:
                 if task.done():
                     task.result()
-            self._state = "draining"
+            self._enter("draining")
             await _cancel(loops[1])
             await self._drain()
         except EngineError:
@@ -178,8 +181,9 @@ class Actor:
                 await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))
 
     async def _beat(self, stop: asyncio.Event) -> None:
-        """Renews the leases in flight and hears whether the run goes on."""
+        """Renews the leases in flight and hears whether the run goes on, at once when the state changes."""
         while True:
+            self._changed.clear()
             stats = {
                 "in_flight": len(self._tasks),
                 "published": self._published,
@@ -195,7 +199,13 @@ class Actor:
             if beat.ended and not stop.is_set():
                 log.info("the run has ended: %s", beat.ended)
                 stop.set()
-            await asyncio.sleep(self._settings.stream.lease_s / 3.3)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._settings.stream.lease_s / 3.3)
+
+    def _enter(self, state: str) -> None:
+        """Changes what the actor's record says of it: `starting`, `running`, `draining`."""
+        self._state = state
+        self._changed.set()
 
     async def _drain(self) -> None:
         """Finishes what is in flight within the deadline; what is left goes back to the queue."""

@@ -157,19 +157,23 @@ class AsyncStream:
 
     async def take(self, full_key: str, seconds: float) -> bytes | None:
         """The head of a list, waiting for it; None if none came in time or Redis did not answer."""
+        _raise_if_cancelled()
         try:
             found: Any = await self.redis.blpop([full_key], timeout=seconds)
         except _LOST:
+            _raise_if_cancelled()
             await asyncio.sleep(_PAUSE_S)
             return None
         return found[1] if found else None
 
     async def _patiently(self, attempt: Any) -> Any:
+        _raise_if_cancelled()
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
                 return await attempt()
             except _LOST as error:
+                _raise_if_cancelled()
                 if time.monotonic() > deadline:
                     raise RedisUnavailable(_silent(self.patience_s, error)) from error
                 await asyncio.sleep(_PAUSE_S)
@@ -216,6 +220,16 @@ def _checked(url: str) -> str:
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise RedisUnavailable(f"Redis URL: got {url!r}, expected redis://, rediss:// or unix://")
     return url
+
+
+def _raise_if_cancelled() -> None:
+    """Ends a cancelled task here: redis-py 8.1 can swallow a cancellation, or call it a lost connection.
+
+    (It looks for unread data under `asyncio.timeout(0)`, which takes a cancellation for its own.)
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _last(results: list[Any]) -> Any:

@@ -151,7 +151,7 @@ def _await_run(url: str, run: str | None, interrupt: Interrupt) -> str | None:
     told = False
     while not interrupt.asked:
         try:
-            return find_run(url, run).run
+            return find_run(url, run, ended=False).run
         except NoRun as error:
             if not told:
                 print(f"waiting for a learner: {error}", file=sys.stderr)

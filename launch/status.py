@@ -153,13 +153,16 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def find_run(url: str, name: str | None) -> Stream:
-    """The named run, or the only one on the server that has not ended. Raises `LaunchError`, `NoRun`."""
+def find_run(url: str, name: str | None, *, ended: bool = True) -> Stream:
+    """The named run, or the only one on the server that goes on; failing that, if `ended`, one that is over.
+
+    Raises `LaunchError` if there are several, `NoRun` if there is none.
+    """
     client = connect(url)
     members: Any = client.smembers(RUNS)
     names = sorted(run.decode() for run in members)
     if name is None:
-        going = [run for run in names if not _ended(client, run)] or names
+        going = [run for run in names if not _ended(client, run)] or (names if ended else [])
         if not going:
             raise NoRun(f"no run on {shown(url)}; start one with `launch learner`")
         if len(going) > 1:

@@ -64,10 +64,6 @@ class Tokenizer:
             return self.encode(text)
         return self.encode((template or "{question}\n").replace("{question}", question))
 
-    def demonstration(self, question: str, answer: str, template: str) -> tuple[list[int], list[int]]:
-        """Prompt ids and answer ids, the end token included."""
-        return self.prompt(question, template), [*self.encode(answer), self.eos_id]
-
     @cached_property
     def _chat(self) -> Any:
         # Rendering a chat template is Jinja as transformers sets it up, so it is left to it.

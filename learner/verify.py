@@ -26,7 +26,7 @@ class WeightCheck(msgspec.Struct, frozen=True):
     max_difference: dict[str, float]
     """Largest |log p(engine) - log p(learner)| of a token, by actor."""
     missing: list[str]
-    """Live actors that did not reach the version or did not answer in time."""
+    """Live actors, those still starting apart, that did not reach the version or did not answer in time."""
 
     def passed(self, tolerance: float) -> bool:
         """Whether every live engine was checked and is within `tolerance`."""
@@ -49,7 +49,7 @@ def check_engines(
     deadline = time.monotonic() + timeout_s
     differences: dict[str, float] = {}
     ledger = _wait_applied(stream, manifest.version, deadline)
-    live = [name for name in ledger.actors if ledger.alive(name)]
+    live = _serving(ledger)
     for name in live:
         if ledger.actors[name].version != manifest.version:
             continue
@@ -69,10 +69,15 @@ def _wait_applied(stream: Stream, version: int, deadline: float) -> Ledger:
     """The ledger once every live actor serves `version`, or at the deadline."""
     while True:
         ledger = stream.call(Snapshot())
-        behind = [n for n, actor in ledger.actors.items() if ledger.alive(n) and actor.version != version]
+        behind = any(ledger.actors[name].version != version for name in _serving(ledger))
         if not behind or time.monotonic() > deadline:
             return ledger
         time.sleep(_LOOK_S)
+
+
+def _serving(ledger: Ledger) -> list[str]:
+    """Live actors whose engine is up."""
+    return [n for n, actor in ledger.actors.items() if ledger.alive(n) and actor.state != "starting"]
 
 
 def _answer(stream: Stream, actor: str, request: str, deadline: float) -> Scores | None:

@@ -151,13 +151,13 @@ class Offers:
             )
 
     def _match(self, actors: dict[str, ActorRecord]) -> None:
-        """One lane for each joined actor and epoch."""
+        """One lane for each actor whose engine is up, under its epoch."""
         for name, lane in list(self._lanes.items()):
             if name not in actors or actors[name].epoch != lane.epoch:
                 lane.close()
                 del self._lanes[name]
         for name, record in actors.items():
-            if name not in self._lanes:
+            if name not in self._lanes and record.state != "starting":
                 self.stream.redis.delete(self.stream.key(f"mail:{name}"))
                 self._lanes[name] = _Lane(self, name, record.epoch)
                 self._lanes[name].start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -131,3 +132,33 @@ async def test_patience_ends_with_a_typed_error(run: Run, proxy: LossyProxy, url
     with pytest.raises(RedisUnavailable, match="did not answer"):
         await actor.call(Leave("actor", "a", run.epochs["a"]))
     await actor.close()
+
+
+class Swallowing:
+    """A client that answers a cancellation as redis-py may: not at all, or as a lost connection."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    async def blpop(self, *_: object, **__: object) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if self.error is not None:
+                raise self.error from None
+
+
+@pytest.mark.parametrize("error", [None, redis.exceptions.ConnectionError("closed")], ids=["nothing", "lost"])
+async def test_a_cancelled_loop_ends_though_the_client_swallows_it(error: Exception | None) -> None:
+    stream = AsyncStream(Swallowing(error), "run")  # type: ignore[arg-type]
+
+    async def forever() -> None:
+        while True:
+            await stream.take("list", 1)
+
+    task = asyncio.create_task(forever())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=2)
+    assert done == {task}
+    assert task.cancelled()
