@@ -457,7 +457,7 @@ local function commit(run, args)
     manifest = cjson.decode(manifest)
   end
   for _, row in ipairs(manifest) do redis.call('HINCRBY', K.staleness, version - 1 - row[3], 1) end
-  count(K, 'assigned', -#manifest)
+  count(K, 'assigned', 0 - #manifest) -- -0 is no integer to Redis 7.0
   count(K, 'trained', #manifest)
   redis.call('HSET', K.versions, version, digest)
   redis.call('HSET', K.state, 'version', version)
