@@ -21,7 +21,8 @@ import numpy as np
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.errors import EngineError
-from actors.server import Server, command, environment, free_port
+from actors.server import Server, command, environment
+from buffer.local_server import free_port
 from weightsync.manifest import Manifest
 
 POLL_S = 0.1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -96,12 +95,6 @@ class Server:
         return EngineError(
             f"engine {self.name}: the server {status}; {advice} ({self._log}). It said last: {last:.300}"
         )
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def command(

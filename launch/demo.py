@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
 import time
 from importlib.resources import files
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from buffer.client import Stream
+from buffer.client import Stream, connect
+from buffer.errors import RedisUnavailable
 from buffer.local_server import LocalServer, url_file
 from launch.arithmetic import write_arithmetic
 from launch.config import RunConfig
@@ -47,6 +50,7 @@ def run_demo(config: RunConfig, actors: int) -> Summary | None:
         raise LaunchError(f"--actors: got {actors}, expected 1 or more")
     began, interrupt, redis = time.monotonic(), Interrupt(), config.redis
     folder = run_folder(config.name)
+    make_room(folder)
     config = prepare(config)
     with (
         LocalServer.start(folder / "redis", port=redis.port, appendfsync=redis.appendfsync) as server,
@@ -63,6 +67,24 @@ def run_demo(config: RunConfig, actors: int) -> Summary | None:
         ledger = follow(stream, learner, workers, interrupt)
         children.stop(workers)
     return conclude(config, ledger, time.monotonic() - began)
+
+
+def make_room(folder: Path) -> None:
+    """Moves what an earlier run left in `folder` aside. Raises `LaunchError` if that run goes on."""
+    if (folder / "redis.url").exists():
+        with contextlib.suppress(RedisUnavailable):
+            connect((folder / "redis.url").read_text().strip()).close()
+            raise LaunchError(
+                f"run {folder.name} is going on; end it with `launch stop`, or choose another --name"
+            )
+    if folder.exists():
+        aside = next(
+            path
+            for number in itertools.count(1)
+            if not (path := folder.with_name(f"{folder.name}-{number}")).exists()
+        )
+        folder.rename(aside)
+        print(f"the earlier run is kept in {aside}", file=sys.stderr)
 
 
 def demo_file() -> Path:
