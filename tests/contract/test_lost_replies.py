@@ -138,9 +138,11 @@ class Swallowing:
     """A client that answers a cancellation as redis-py may: not at all, or as a lost connection."""
 
     def __init__(self, error: Exception | None) -> None:
-        self.error = error
+        self.error, self.waits = error, 0
 
     async def blpop(self, *_: object, **__: object) -> None:
+        self.waits += 1
+        assert self.waits == 1, "waited again after the cancellation"
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
