@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,10 @@ class Settings(msgspec.Struct, frozen=True):
     """A supervised warm-up before version 0, or none."""
 
 
+class Stopped(Exception):
+    """The run was stopped before its first step, and has been ended."""
+
+
 class Learner:
     """One run, from joining to the export of its last version.
 
@@ -82,7 +87,7 @@ class Learner:
         self._stopping = True
 
     def run(self) -> None:
-        """Trains the run. Raises `LearnerError`, `StreamError`."""
+        """Trains the run. Raises `LearnerError`, `StreamError`, `Stopped`."""
         settings = self._settings
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
@@ -93,9 +98,9 @@ class Learner:
             trainer = self._trainer()
             report: dict[str, Any] = {}
             if settings.sft is not None:
-                report["sft"] = self._warm_up(trainer, tokenizer, record)
-            with self._feeder(joined, order), self._offers(joined) as offers:
-                manifest = self._train(trainer, joined.epoch, offers, record)
+                report["sft"] = self._warm_up(trainer, tokenizer, record, joined.epoch)
+            with self._feeder(joined, order) as feeder, self._offers(joined) as offers:
+                manifest = self._train(trainer, joined.epoch, offers, record, feeder)
                 report |= self._finish(trainer, tokenizer, manifest)
                 reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
                 self._stream.call(Leave("learner", reason, joined.epoch))
@@ -149,14 +154,16 @@ class Learner:
             log=log.info,
         )
 
-    def _train(self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord) -> Manifest:
+    def _train(
+        self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord, feeder: Feeder
+    ) -> Manifest:
         """All steps; the last version's manifest."""
         manifest = self._publish(trainer, epoch, offers)
         self._training_since = time.time()
         for step in range(self._settings.stream.max_steps):
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
-            batch = next_batch(self._stream, epoch, step, self._on_wait)
+            batch = next_batch(self._stream, epoch, step, partial(self._on_wait, feeder))
             if batch is None:
                 break
             manifest = self._step(trainer, epoch, offers, record, batch)
@@ -204,9 +211,11 @@ class Learner:
         if self._stopping:
             self._stream.redis.set(self._stream.key("stop"), "signal")
 
-    def _on_wait(self, reason: str) -> None:
+    def _on_wait(self, feeder: Feeder, reason: str) -> None:
         """Called at each look for a batch that finds none."""
         self._pass_on_stop()
+        if feeder.error is not None:
+            raise feeder.error
         if time.monotonic() - self._waiting_since > _PATIENCE_S:
             self._waiting_since = time.monotonic()
             ledger = self._stream.call(Snapshot())
@@ -216,12 +225,17 @@ class Learner:
             )
             log.info("waiting for groups (%s): %s", reason, who)
 
-    def _warm_up(self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord) -> dict[str, Any]:
-        """The supervised warm-up, shown in `{run}:progress`; what goes into the report."""
+    def _warm_up(
+        self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord, epoch: str
+    ) -> dict[str, Any]:
+        """The supervised warm-up, shown in `{run}:progress`; what goes into the report. Raises `Stopped`."""
 
         def show(progress: SftProgress) -> None:
             record.progress({"sft_steps": progress.steps, "sft_accuracy": f"{progress.accuracy:.3f}"})
             log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
+            if self._stopping or self._stream.redis.exists(self._stream.key("stop")):
+                self._stream.call(Leave("learner", "stopped", epoch))
+                raise Stopped
 
         assert self._settings.sft is not None
         settings = self._settings
@@ -263,6 +277,8 @@ def main() -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)
         learner.run()
+    except Stopped:
+        log.info("stopped during the warm-up")
     except Fenced as error:
         log.error("another learner took this run over: %s", error)
         return 1

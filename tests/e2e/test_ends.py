@@ -39,6 +39,25 @@ def test_a_stopped_demo_leaves_a_summary_and_nothing_else(tmp_path: Path, how: s
     assert not list(tmp_path.rglob("*.url"))
 
 
+def test_a_stop_ends_the_warm_up_too(tmp_path: Path) -> None:
+    process = launch(
+        tmp_path,
+        "demo",
+        "--json",
+        "sft.max_steps=100000",
+        "sft.target_accuracy_low=0.98",
+        "sft.target_accuracy_high=0.99",
+        "sft.measure_every=2",
+        "sft.batch=8",
+    )
+    wait_until(lambda: '"warm-up"' in finish(tmp_path, "status", "--json").stdout, 120, "the warm-up")
+    output(tmp_path, "stop")
+    assert process.wait(60) == 0, (tmp_path / "demo.err").read_text()
+    summary = summary_of(tmp_path, "demo")
+    assert (summary["ended"], summary["steps"], summary["reward_last"]) == ("stopped", 0, None)
+    assert processes_in(tmp_path) == []
+
+
 def test_ctrl_c_while_everything_starts_leaves_nothing(tmp_path: Path) -> None:
     before = sockets()
     process = launch(tmp_path, "demo", *QUICK)
