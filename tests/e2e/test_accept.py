@@ -25,7 +25,10 @@ def test_the_demo_learns(tmp_path: Path, seed: int) -> None:
     assert summary["staleness_max"] <= summary["max_staleness"] == 2
     assert summary["overlap"] > 0.5
     assert summary["conserved"]
-    assert max(summary["report"]["weights"]["max_difference"].values()) <= 1e-4
+    weights = summary["report"]["weights"]
+    assert weights["max_difference"].keys() == {"actor-0", "actor-1"}
+    assert not weights["missing"]
+    assert max(weights["max_difference"].values()) <= 1e-4
 
 
 def test_shuffled_advantages_teach_nothing(tmp_path: Path) -> None:
