@@ -187,11 +187,6 @@ class Engine:
         }
         await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
 
-    async def leave_group(self, *, group: str) -> None:
-        """Forget a group; its name cannot be used again."""
-        body = {"group_name": group}
-        await self._post("/destroy_weights_update_group", body, self._config.update_timeout_s)
-
     async def alive(self) -> bool:
         """Whether the server answers, generating or not."""
         if self.returncode is not None:

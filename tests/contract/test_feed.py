@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from buffer.client import Stream
 from buffer.errors import Fenced
 from buffer.schema import Prompt
 from learner.datasets import PromptOrder
 from learner.feed import Feeder
 from tests.contract.harness import Run
+from tests.waiting import wait_until
 
 ORDER = PromptOrder([Prompt(row, [row], f"#### {row}") for row in range(5)], seed=3)
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def queued(stream: Stream) -> int:
@@ -31,9 +20,9 @@ def queued(stream: Stream) -> int:
 def test_the_queue_is_topped_up_in_the_order_of_positions(stream: Stream) -> None:
     run = Run(stream).start("a", prompts=0)
     with Feeder(stream, run.epochs["learner"], ORDER, tail=0, ahead=8) as feeder:
-        assert within(5, lambda: queued(stream) == 8)
+        wait_until(lambda: queued(stream) == 8, 5, "the feeder")
         leases = run.leases("a", 4)
-        assert within(5, lambda: queued(stream) == 8)
+        wait_until(lambda: queued(stream) == 8, 5, "the feeder")
     assert feeder.error is None
     assert [lease.prompt for lease in leases] == [ORDER.at(position) for position in range(4)]
     assert run.snapshot().number("tail") == 12
@@ -42,9 +31,9 @@ def test_the_queue_is_topped_up_in_the_order_of_positions(stream: Stream) -> Non
 def test_a_feeder_of_an_older_learner_stops_and_says_so(stream: Stream) -> None:
     run = Run(stream).start("a", prompts=0)
     with Feeder(stream, run.epochs["learner"], ORDER, tail=0, ahead=2) as feeder:
-        assert within(5, lambda: queued(stream) == 2)
+        wait_until(lambda: queued(stream) == 2, 5, "the feeder")
         run.join_learner()
         run.leases("a", 1)
-        assert within(5, lambda: feeder.error is not None)
+        wait_until(lambda: feeder.error is not None, 5, "the feeder")
     assert isinstance(feeder.error, Fenced)
     assert queued(stream) == 1

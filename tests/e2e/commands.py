@@ -7,18 +7,19 @@ import os
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+LAUNCH = (sys.executable, "-m", "launch.cli")
+"""The command `launch` of this checkout."""
 
 
 def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
     """A `launch` process in `folder`; its output goes to `<command>.out` and `<command>.err` there."""
     with (folder / f"{argv[0]}.out").open("w") as out, (folder / f"{argv[0]}.err").open("w") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", *argv],
+            [*LAUNCH, *argv],
             cwd=folder,
             stdout=out,
             stderr=err,
@@ -29,7 +30,7 @@ def launch(folder: Path, *argv: str) -> subprocess.Popen[bytes]:
 def finish(folder: Path, *argv: str, address_space: int = 0) -> subprocess.CompletedProcess[str]:
     """A `launch` command that ends by itself; `address_space` limits each of its processes, in bytes."""
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *argv],
+        [*LAUNCH, *argv],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -58,16 +59,6 @@ def summary_of(folder: Path, command: str) -> dict[str, Any]:
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The steps of the run that left its files in `folder`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 def processes_in(folder: Path) -> list[str]:

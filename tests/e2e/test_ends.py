@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import finish, launch, output, processes_in, sockets, summary_of, wait_until
+from tests.e2e.commands import finish, launch, output, processes_in, sockets, summary_of
+from tests.waiting import wait_until
 
 QUICK = ["stream.groups_per_step=4", "stream.group_size=4", "sft.max_steps=1", "sft.batch=8"]
 

@@ -18,9 +18,9 @@ from tests.e2e.commands import (
     output,
     processes_in,
     summary_of,
-    wait_until,
     worker_pid,
 )
+from tests.waiting import wait_until
 
 SMALL = [
     "stream.max_steps=6",

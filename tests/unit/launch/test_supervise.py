@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from launch.supervise import Supervisor
+from tests.waiting import wait_until
 
 DEAF = (
     "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -27,25 +27,16 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_a_process_that_ignores_sigterm_is_killed_with_its_group(tmp_path: Path) -> None:
     log = tmp_path / "deaf.log"
     with Supervisor() as children:
         child = children.start("deaf", [sys.executable, "-c", DEAF], {}, log)
-        assert wait_until(lambda: log.read_text().strip().isdigit())
+        wait_until(lambda: log.read_text().strip().isdigit(), 10, "the grandchild's pid")
         grandchild = int(log.read_text())
         children.stop([child], timeout_s=0.2)
     assert child.returncode == -signal.SIGKILL
     assert "perhaps for want of memory" in child.last_words()
-    assert wait_until(lambda: not alive(grandchild))
+    wait_until(lambda: not alive(grandchild), 10, "the grandchild's end")
 
 
 def test_the_last_line_of_the_log_is_what_a_child_said_last(tmp_path: Path) -> None:
@@ -68,4 +59,4 @@ def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    assert wait_until(lambda: not alive(pid))
+    wait_until(lambda: not alive(pid), 10, "the child's end")
