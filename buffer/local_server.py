@@ -19,7 +19,7 @@ from types import TracebackType
 
 import redis
 
-from buffer.client import connect
+from buffer.connect import connect
 from buffer.errors import RedisUnavailable, RedisUnsuitable
 from buffer.process import end_with_parent
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from buffer.client import Stream, connect
+from buffer.client import Stream
+from buffer.connect import connect
 from buffer.errors import RedisUnavailable
 from buffer.local_server import LocalServer, url_file
 from launch.arithmetic import write_arithmetic

@@ -12,7 +12,8 @@ from types import FrameType
 
 import redis
 
-from buffer.client import Stream, connect
+from buffer.client import Stream
+from buffer.connect import connect
 from buffer.errors import NoRun, RedisUnavailable, StreamError
 from buffer.keys import key
 from buffer.ledger import Ledger, Snapshot

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import redis
 
-from buffer.client import Stream, connect, shown
+from buffer.client import Stream
+from buffer.connect import connect, shown
 from buffer.errors import NoRun
 from buffer.keys import RUNS, key
 from buffer.ledger import Ledger, Snapshot

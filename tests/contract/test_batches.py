@@ -5,12 +5,15 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from buffer.admission import Assign, Drop
+from buffer.admission import Drop
+from buffer.batches import Assign
 from buffer.client import Stream
 from buffer.codec import encode
 from buffer.errors import RecordError, StreamError
-from buffer.ledger import Applied, Commit, Counts, Snapshot
-from buffer.stream import Publish, read_groups
+from buffer.ledger import Counts, Snapshot
+from buffer.members import Applied
+from buffer.stream import Publish, read_frames
+from buffer.versions import Commit
 from tests.contract.harness import Run, digest, make_group
 
 
@@ -24,7 +27,7 @@ def test_a_group_travels_from_actor_to_learner(run: Run) -> None:
     leases = run.queue("b", 2)
     answer = run.assign(0)
     assert (answer.status, answer.reason, answer.ready) == ("batch", "", 0)
-    groups = read_groups(run.stream, answer.groups())
+    groups = read_groups(run.stream, answer.manifest.groups())
     assert [group.id for group in groups] == [lease.group for lease in leases]
     assert [group.actor for group in groups] == ["b", "b"]
     assert groups[1].samples[0].tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
@@ -110,9 +113,9 @@ def test_the_batch_takes_the_earliest_deadlines_then_the_lowest_ids(stream: Stre
     for lease, actor in [(late[0], "b"), (early[2], "a"), (early[0], "a"), (early[1], "a")]:
         assert run.publish(lease, actor).status == "ok"
     assert (early[0].deadline, late[0].deadline) == (2, 3)
-    assert [row.group for row in run.assign(1).groups()] == [early[0].group, early[1].group]
+    assert [row.group for row in run.assign(1).manifest.groups()] == [early[0].group, early[1].group]
     # The rows of a manifest stand by group id, whatever their deadlines: a batch trains in one order.
-    assert [row.group for row in run.assign(2).groups()] == [late[0].group, early[2].group]
+    assert [row.group for row in run.assign(2).manifest.groups()] == [late[0].group, early[2].group]
 
 
 def test_the_learner_waits_for_too_few_and_for_earlier_deadlines(stream: Stream) -> None:
@@ -128,7 +131,7 @@ def test_the_learner_waits_for_too_few_and_for_earlier_deadlines(stream: Stream)
     answer = run.assign(1)
     assert (answer.status, answer.reason, answer.ready) == ("wait", "unsafe", 1)
     run.publish(slow, "a")
-    assert [row.group for row in run.assign(1).groups()] == [slow.group]
+    assert [row.group for row in run.assign(1).manifest.groups()] == [slow.group]
     assert run.assign(2).status == "batch"
 
 
@@ -206,7 +209,7 @@ def test_reading_a_batch_names_a_payload_that_is_missing_or_wrong(run: Run) -> N
     call, _ = run.publish_call(lease, "a")
     run.stream.publish(call, encode(make_group(7)))
     run.publish(other, "a")
-    rows = run.assign(0).groups()
+    rows = run.assign(0).manifest.groups()
     with pytest.raises(RecordError, match="holds 0000-0000000007-00") as caught:
         read_groups(run.stream, rows)
     assert (caught.value.entry, caught.value.group) == (rows[0].entry, lease.group)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from buffer.admission import Admit, Assign, Drop, Heartbeat, JoinActor
+from buffer.admission import Admit, Drop
+from buffer.batches import Assign
 from buffer.client import Call, Stream
 from buffer.errors import Fenced, NoRun, SettingsMismatch, StreamError
-from buffer.ledger import Applied, Commit, Leave, Snapshot
+from buffer.ledger import Snapshot
+from buffer.members import Applied, Heartbeat, JoinActor, Leave
 from buffer.prompts import Feed
 from buffer.stream import Publish
+from buffer.versions import Commit
 from tests.contract.harness import Run, digest, make_group
 
 

@@ -12,7 +12,8 @@ import pytest
 import redis
 
 from buffer import client
-from buffer.client import AsyncStream, Stream, connect, shown
+from buffer.client import AsyncStream, Stream
+from buffer.connect import connect, shown
 from buffer.errors import NoRun, RedisUnavailable, RedisUnsuitable
 from buffer.ledger import Snapshot
 from buffer.local_server import LocalServer, find_program, free_port, url_file

@@ -14,10 +14,11 @@ import msgspec
 import pytest
 import redis
 
-from buffer.admission import Assign, Drop, Lease
+from buffer.admission import Drop, Lease
+from buffer.batches import Assign
 from buffer.client import Stream
 from buffer.errors import Fenced, StreamError
-from buffer.ledger import Applied
+from buffer.members import Applied
 from buffer.stream import Publish
 from tests.contract.harness import Run, digest
 from tests.contract.invariants import check

@@ -13,9 +13,9 @@ import torch
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.weights import WeightWorker
-from buffer.admission import Heartbeat, JoinActor
 from buffer.client import AsyncStream, Stream
-from buffer.ledger import Commit, Snapshot
+from buffer.ledger import Snapshot
+from buffer.members import Heartbeat, JoinActor
 from buffer.local_server import LocalServer
 from launch.tiny_model import make_tiny_qwen3
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
