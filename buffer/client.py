@@ -20,9 +20,10 @@ import redis
 import redis.asyncio
 from redis.exceptions import ResponseError
 
-from buffer.connect import LOST, connect, connect_async, translate
-from buffer.errors import RedisUnavailable
+from buffer.connect import LOST, connect, connect_async, refused, translate
+from buffer.errors import RedisUnavailable, StreamError
 from buffer.keys import key, shard_key, shard_of
+from buffer.rights import user_of
 
 Reply = TypeVar("Reply")
 
@@ -43,6 +44,8 @@ class Call(msgspec.Struct, Generic[Reply], frozen=True):
     """A function of the library with its arguments, in the order of the fields; a tuple is spread."""
 
     function: ClassVar[str]
+    verb: ClassVar[str] = "FCALL"
+    """`FCALL_RO` for a function that only reads, which a role that may only look can call."""
 
     def arguments(self) -> list[Any]:
         """The function's ARGV."""
@@ -58,7 +61,7 @@ class Call(msgspec.Struct, Generic[Reply], frozen=True):
 
     def command(self, run: str) -> tuple[Any, ...]:
         """The FCALL command."""
-        return ("FCALL", f"{LIBRARY}_{self.function}", 1, f"{{{run}}}", *self.arguments())
+        return (self.verb, f"{LIBRARY}_{self.function}", 1, f"{{{run}}}", *self.arguments())
 
 
 class PublishCall(Call[Reply], frozen=True):
@@ -85,8 +88,11 @@ class _Run:
         shard, _, identity = entry.rpartition("/")
         return (shard_key(self.run, int(shard)) if shard else self.key("stream")), identity
 
-    def _silent(self, error: Exception) -> RedisUnavailable:
-        return RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}")
+    def _hopeless(self, error: Exception, late: bool) -> StreamError | None:
+        """What to raise instead of trying again: a refusal that stays one, or that patience is over."""
+        if (final := refused(error, f"run {self.run}")) is not None:
+            return final
+        return RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}") if late else None
 
 
 class Stream(_Run):
@@ -151,11 +157,11 @@ class Stream(_Run):
                 return attempt()
             except LOST as error:
                 self.lost += 1
-                if time.monotonic() > deadline:
-                    raise self._silent(error) from error
+                if final := self._hopeless(error, time.monotonic() > deadline):
+                    raise final from error
                 time.sleep(_PAUSE_S)
             except ResponseError as error:
-                raise translate(error) from error
+                raise translate(error, user_of(self.redis)) from error
 
     def close(self) -> None:
         """Closes the connections."""
@@ -173,8 +179,8 @@ class AsyncStream(_Run):
 
     @classmethod
     def connect(cls, url: str, run: str, *, patience_s: float = 30.0, shards: int = 0) -> AsyncStream:
-        """A client of `url`; the first call connects. Payload shards mean that the server is a cluster."""
-        return cls(connect_async(url, cluster=shards > 0), run, patience_s=patience_s, shards=shards)
+        """Connects and checks the server. Raises `RedisUnavailable` or `RedisUnsuitable`."""
+        return cls(connect_async(url), run, patience_s=patience_s, shards=shards)
 
     async def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
@@ -226,11 +232,11 @@ class AsyncStream(_Run):
             except LOST as error:
                 _raise_if_cancelled()
                 self.lost += 1
-                if time.monotonic() > deadline:
-                    raise self._silent(error) from error
+                if final := self._hopeless(error, time.monotonic() > deadline):
+                    raise final from error
                 await asyncio.sleep(_PAUSE_S)
             except ResponseError as error:
-                raise translate(error) from error
+                raise translate(error, user_of(self.redis)) from error
 
     async def close(self) -> None:
         """Closes the connections."""
