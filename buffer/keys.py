@@ -100,7 +100,7 @@ def shard_of(group: str, shards: int) -> int:
     >>> shard_of("0000-0000000041-01", 1)
     0
     """
-    return xxhash.xxh3_64_intdigest(group) % shards
+    return xxhash.xxh3_64_intdigest(group.encode()) % shards
 
 
 def shard_key(run: str, shard: int) -> str:
