@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -92,7 +93,9 @@ class _Run:
         """What to raise instead of trying again: a refusal that stays one, or that patience is over."""
         if (final := refused(error, f"run {self.run}")) is not None:
             return final
-        return RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}") if late else None
+        return (
+            RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}") if late else None
+        )
 
 
 class Stream(_Run):
@@ -113,7 +116,7 @@ class Stream(_Run):
 
     def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
-        return call.answer(self._patiently(lambda: self.redis.execute_command(*call.command(self.run))))
+        return call.answer(self.patiently(lambda: self.redis.execute_command(*call.command(self.run))))
 
     def publish(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         """Adds a payload to the replay stream and calls `call` with it, in one transaction.
@@ -129,15 +132,15 @@ class Stream(_Run):
                 pipe.execute_command(*call.command(self.run))
                 return _last(pipe.execute(raise_on_error=False))
 
-        return call.answer(self._patiently(attempt))
+        return call.answer(self.patiently(attempt))
 
     def _publish_to_shard(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         shard = shard_of(call.group, self.shards)
         name = shard_key(self.run, shard)
-        identity = self._patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
+        identity = self.patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
         reply: Any = self.call(msgspec.structs.replace(call, entry=f"{shard}/{identity}"))
         if reply.entry != f"{shard}/{identity}":
-            self._patiently(lambda: self.redis.xdel(name, identity))
+            self.patiently(lambda: self.redis.xdel(name, identity))
         return reply
 
     def take(self, full_key: str, seconds: float) -> bytes | None:
@@ -150,7 +153,8 @@ class Stream(_Run):
             return None
         return found[1] if found else None
 
-    def _patiently(self, attempt: Any) -> Any:
+    def patiently(self, attempt: Callable[[], Any]) -> Any:
+        """Makes an attempt, which must be idempotent, until it is answered or patience is over."""
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
@@ -184,7 +188,7 @@ class AsyncStream(_Run):
 
     async def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
-        return call.answer(await self._patiently(lambda: self.redis.execute_command(*call.command(self.run))))
+        return call.answer(await self.patiently(lambda: self.redis.execute_command(*call.command(self.run))))
 
     async def publish(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         """Adds a payload to the replay stream and calls `call` with it, in one transaction.
@@ -200,15 +204,15 @@ class AsyncStream(_Run):
                 pipe.execute_command(*call.command(self.run))
                 return _last(await pipe.execute(raise_on_error=False))
 
-        return call.answer(await self._patiently(attempt))
+        return call.answer(await self.patiently(attempt))
 
     async def _publish_to_shard(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         shard = shard_of(call.group, self.shards)
         name = shard_key(self.run, shard)
-        identity = (await self._patiently(lambda: self.redis.xadd(name, {"g": payload}))).decode()
+        identity = (await self.patiently(lambda: self.redis.xadd(name, {"g": payload}))).decode()
         reply: Any = await self.call(msgspec.structs.replace(call, entry=f"{shard}/{identity}"))
         if reply.entry != f"{shard}/{identity}":
-            await self._patiently(lambda: self.redis.xdel(name, identity))
+            await self.patiently(lambda: self.redis.xdel(name, identity))
         return reply
 
     async def take(self, full_key: str, seconds: float) -> bytes | None:
@@ -223,7 +227,8 @@ class AsyncStream(_Run):
             return None
         return found[1] if found else None
 
-    async def _patiently(self, attempt: Any) -> Any:
+    async def patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Makes an attempt, which must be idempotent, until it is answered or patience is over."""
         _raise_if_cancelled()
         deadline = time.monotonic() + self.patience_s
         while True:
