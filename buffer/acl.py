@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -24,23 +25,23 @@ from buffer.errors import RedisUnsuitable
 from buffer.keys import RUNS
 
 FUNCTION_READS = (
-    "exists", "hget", "hgetall", "hkeys", "hlen", "hrandfield", "hvals", "lindex", "llen", "lrange", "sismember",
-    "time", "xlen", "xrange", "xrevrange", "zcard", "zrange", "zrangebyscore", "zscore",
+    "exists", "hget", "hgetall", "hkeys", "hlen", "hrandfield", "hvals", "lindex", "llen", "lrange",
+    "sismember", "time", "xlen", "xrange", "xrevrange", "zcard", "zrange", "zrangebyscore", "zscore",
 )  # fmt: skip
 """Commands by which functions read."""
 FUNCTION_WRITES = (
-    "del", "hdel", "hincrby", "hset", "lpop", "lpush", "lrem", "ltrim", "rpush", "sadd", "set", "srem", "xadd",
-    "xdel", "zadd", "zrem",
+    "del", "hdel", "hincrby", "hset", "lpop", "lpush", "lrem", "ltrim", "rpush", "sadd", "set", "srem",
+    "xadd", "xdel", "zadd", "zrem",
 )  # fmt: skip
-"""Commands by which functions write. Every role that writes has all: a call finishes what another role's
-call left over when it broke off."""
-CONNECTING = ("ping", "info", "command", "cluster|slots", "cluster|shards")
+"""Commands by which functions write. A role that writes has all of both, and all keys that functions write: a
+call first finishes what another role's call left over when it broke off."""
+CONNECTING = ("info", "command", "cluster|slots")
 """What a client asks a server, or a cluster, before anything else."""
 
 FUNCTION_KEYS = (
     "", "state", "counts", "outstanding", "leases", "leased", "ready", "groups", "prompts", "prompt", "work",
-    "actors", "epochs", "stream", "versions", "times", "manifests", "places", "bell", "staleness", "step", "joins",
-    "skip", "forks", "holds", "trash", "dead",
+    "actors", "epochs", "stream", "versions", "times", "manifests", "places", "bell", "staleness", "step",
+    "joins", "skip", "forks", "holds", "trash", "dead",
 )  # fmt: skip
 """Keys that functions write, and the run's bare name, by which they are called. Redis tries patterns in this
 order, so those of `admit` and `publish` come first."""
@@ -69,11 +70,11 @@ ROLES = (
     Role(
         name="learner",
         purpose="trains a run and owns it: creates it, feeds, assigns, commits, forks, sweeps",
-        calls=("join", "heartbeat", "feed", "assign", "strike", "commit", "reconcile", "fork", "leave"),
+        calls=("join", "feed", "assign", "strike", "commit", "reconcile", "fork", "leave"),
         looks=("snapshot", "aged"),
-        commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "blpop", "expire", "function|load"),
+        commands=(*FUNCTION_READS, *FUNCTION_WRITES, "blpop", "expire", "function|load"),
         writes=(*FUNCTION_KEYS, SHARDS, "config", "files", "progress", "mail:*", "scores:*", "stop", RUNS),
-        reads=("actor_numbers",),
+        reads=(),
     ),
     Role(
         name="actor",
@@ -103,7 +104,7 @@ ROLES = (
         name="operator",
         purpose="looks after runs: stops them, puts dead letters back, records",
         calls=("requeue", "join", "heartbeat", "leave"),
-        looks=("snapshot", "aged"),
+        looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
         writes=(*FUNCTION_KEYS, "stop"),
         reads=(SHARDS, "*", RUNS),
@@ -126,10 +127,10 @@ def user_name(role: Role, run: str = "") -> str:
 
 
 def rules(role: Role, run: str = "") -> list[str]:
-    """The role as arguments of `ACL SETUSER`, on one run or on all. They replace what the user could do before.
+    """The role as arguments of `ACL SETUSER`, on one run or on all. They replace what the user had before.
 
-    >>> rules(ROLES[2], "demo")[7:9] + rules(ROLES[2], "demo")[-3:]
-    ['+fcall_ro|slipstream2_snapshot', '+fcall_ro|slipstream2_aged', '%R~{demo/*}:stream', '%R~{demo}:*', '%R~runs']
+    >>> rules(role("viewer"), "demo")[5:7] + rules(role("viewer"), "demo")[-2:]
+    ['+fcall_ro|slipstream2_snapshot', '+fcall_ro|slipstream2_aged', '%R~{demo}:*', '%R~runs']
     """
     commands = dict.fromkeys((*CONNECTING, *role.commands))
     return [
@@ -193,7 +194,7 @@ def create_users(client: Any, run: str = "") -> dict[str, str]:
 
 
 def keep_users(client: Any) -> bool:
-    """Has the server write its users to its aclfile; False if it has none, and forgets them when it restarts."""
+    """Has the server write its users to its aclfile; False if it has none: it forgets them at its restart."""
     try:
         for node in primaries(client):
             node.execute_command("ACL", "SAVE")
@@ -216,24 +217,45 @@ def with_user(url: str, user: str, password: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{quote(user)}:{quote(password, safe='')}@{place}"))
 
 
+def without_user(url: str) -> str:
+    """The URL of somebody who has no password.
+
+    >>> without_user("unix://actor:secret@/tmp/redis.sock?db=0"), without_user("redis://:x@host:1")
+    ('unix:///tmp/redis.sock?db=0', 'redis://host:1')
+    """
+    login, at, place = urlsplit(url).netloc.rpartition("@")
+    return url.replace(f"{login}{at}{place}", place, 1) if at else url
+
+
 def table() -> str:
     """The table in Markdown, as docs/security.md has it."""
-    lines = []
+    lines = [
+        f"- All connect: {_listed(CONNECTING)}",
+        f"- Functions read by: {_listed(FUNCTION_READS)}",
+        f"- Functions write by: {_listed(FUNCTION_WRITES)}",
+        f"- Functions' keys: {_listed(_pattern(name, 'run') for name in FUNCTION_KEYS)}",
+        "",
+    ]
     for one in ROLES:
-        functions = [f"`{name}`" for name in one.calls] + [f"`{name}` (read)" for name in one.looks]
+        plain = [name for name in one.commands if name not in (*FUNCTION_READS, *FUNCTION_WRITES)]
+        own = [_pattern(name, "run") for name in one.writes if name not in FUNCTION_KEYS]
+        if one.calls:
+            commands, written = "those of functions, ", "functions' keys, "
+        else:
+            plain, commands, written = list(one.commands), "", ""
         lines += [
             f"### {one.name}",
             "",
             f"{one.purpose[0].upper()}{one.purpose[1:]}.",
             "",
-            f"- Functions: {', '.join(functions)}",
-            f"- Plain commands: {_listed(dict.fromkeys((*CONNECTING, *one.commands)))}",
-            f"- Reads and writes: {_listed(_pattern(name, 'run') for name in one.writes) or 'nothing'}",
-            f"- Only reads: {_listed(_pattern(name, 'run') for name in one.reads)}",
+            f"- Calls: {_listed(one.calls) or 'nothing'}; only to look: {_listed(one.looks)}",
+            f"- Plain commands: {commands}{_listed(plain)}",
+            f"- Reads and writes: {written}{_listed(own) or 'nothing'}",
+            f"- Only reads: {_listed(_pattern(name, 'run') for name in one.reads) or 'nothing else'}",
             "",
         ]
     return "\n".join(lines)
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)

@@ -14,7 +14,13 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, ClusterError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -39,7 +45,7 @@ SOCKET_TIMEOUT_S = 5.0
 LOST = (RedisConnectionError, RedisTimeoutError, OSError, ClusterError, RedisClusterException)
 """No answer: the command may have been carried out or not. A cluster's: a node or its slots are down."""
 
-# The name of the client library is not told: a role has no right to, and each try would be logged as a breach.
+# The client library's name is not told: no role has the right to, and each try would be logged as a breach.
 _OPTIONS: dict[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT_S,
     "socket_connect_timeout": SOCKET_TIMEOUT_S,
@@ -109,7 +115,9 @@ def refused(error: Exception, where: str) -> StreamError | None:
     if (named := missing_right(error, "of the URL")) is not None:
         return named
     if isinstance(error, AuthenticationError) or "WRONGPASS" in said or "NOAUTH" in said:
-        return RedisUnsuitable(f"Redis at {where} refuses us: {said}; put user:password of a role into the URL")
+        return RedisUnsuitable(
+            f"Redis at {where} refuses us: {said}; put user:password of a role into the URL"
+        )
     if "mismatch, certificate is not valid" in said:
         return RedisUnavailable(
             f"Redis at {where}: {said}; write the host as its certificate does, or issue one for this host"
@@ -119,7 +127,9 @@ def refused(error: Exception, where: str) -> StreamError | None:
             f"Redis at {where}: {said}; name its certificate authority in the URL: ?ssl_ca_certs=FILE"
         )
     if "WRONG_VERSION_NUMBER" in said or "record layer failure" in said:
-        return RedisUnavailable(f"Redis at {where} does not speak TLS: {said}; write redis:// or its TLS port")
+        return RedisUnavailable(
+            f"Redis at {where} does not speak TLS: {said}; write redis:// or its TLS port"
+        )
     if isinstance(error, ResponseError) and not isinstance(error, ClusterError):
         return RedisUnsuitable(f"Redis at {where} refuses us: {said}")
     return None

@@ -19,15 +19,10 @@ _IN_FUNCTIONS = ("ACL failure", "The user executing the script")
 
 def user_of(client: Any) -> str:
     """The user that a client logs in as."""
-    pool = getattr(client, "connection_pool", None)
-    options = pool.connection_kwargs if pool is not None else _cluster_options(client)
-    return options.get("username") or "default"
-
-
-def _cluster_options(client: Any) -> dict[str, Any]:
-    manager = getattr(client, "nodes_manager", None)
-    options: dict[str, Any] = getattr(client, "connection_kwargs", None) or manager.connection_kwargs
-    return options
+    for holder in ("connection_pool", "nodes_manager"):  # of a server, of a cluster
+        if hasattr(client, holder):
+            return getattr(client, holder).connection_kwargs.get("username") or "default"
+    return "default"
 
 
 def missing_right(error: Exception, user: str, command: tuple[Any, ...] = ()) -> RightMissing | None:
@@ -39,8 +34,8 @@ def missing_right(error: Exception, user: str, command: tuple[Any, ...] = ()) ->
         return None
     asked = f" {_shown(command)}" if command else ""
     return RightMissing(
-        f"Redis user {user} may not{asked} ({said}), it lacks a right: use the user of the right role, or give "
-        "it its rights with `launch redis-users`"
+        f"Redis user {user} may not{asked} ({said}), it lacks a right: use the user of the right role, or "
+        "renew its rights with `launch redis-users`"
     )
 
 
@@ -82,9 +77,9 @@ class ClusterClient(_Naming, redis.RedisCluster):
     """A client of a cluster."""
 
 
-class AsyncClient(_AsyncNaming, redis.asyncio.Redis):
+class AsyncClient(_AsyncNaming, redis.asyncio.Redis):  # type: ignore[misc]
     """A client of one server, for an event loop."""
 
 
-class AsyncClusterClient(_AsyncNaming, redis.asyncio.RedisCluster):
+class AsyncClusterClient(_AsyncNaming, redis.asyncio.RedisCluster):  # type: ignore[misc]
     """A client of a cluster, for an event loop."""
