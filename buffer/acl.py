@@ -46,7 +46,7 @@ FUNCTION_KEYS = (
 """Keys that functions write, and the run's bare name, by which they are called. Redis tries patterns in this
 order, so those of `admit` and `publish` come first."""
 SHARDS = "/*"
-"""Stands for the payload shards of a run among the keys of a role."""
+"""Stands for the payload shards of a run among a role's keys. Of all runs, `{*}:stream` means them, too."""
 
 
 class Role(msgspec.Struct, frozen=True):
@@ -138,8 +138,8 @@ def rules(role: Role, run: str = "") -> list[str]:
         *(f"+fcall|{LIBRARY}_{name}" for name in role.calls),
         *(f"+fcall_ro|{LIBRARY}_{name}" for name in role.looks),
         *(f"+{name}" for name in commands),
-        *(f"%RW~{_pattern(name, run)}" for name in role.writes),
-        *(f"%R~{_pattern(name, run)}" for name in role.reads),
+        *(f"%RW~{_pattern(name, run)}" for name in role.writes if name != SHARDS or run),
+        *(f"%R~{_pattern(name, run)}" for name in role.reads if name != SHARDS or run),
     ]
 
 

@@ -24,20 +24,23 @@ from tests.contract.harness import Run
 class Roles:
     """The connections of all roles to one run. `learner` and `actor` know each other's epochs."""
 
-    def __init__(self, urls: dict[str, str], name: str, admin: redis.Redis, stack: ExitStack) -> None:
+    def __init__(
+        self, urls: dict[str, str], name: str, admin: redis.Redis, stack: ExitStack, shards: int
+    ) -> None:
         streams = {
-            role: stack.enter_context(closing(Stream.connect(url, name, patience_s=2.0)))
+            role: stack.enter_context(closing(Stream.connect(url, name, patience_s=2.0, shards=shards)))
             for role, url in urls.items()
         }
-        self.learner, self.actor = Run(streams["learner"], attempts_max=1), Run(streams["actor"])
+        self.learner = Run(streams["learner"], attempts_max=1, shards=shards)
+        self.actor = Run(streams["actor"])
         self.actor.epochs = self.learner.epochs
         self.viewer, self.operator, self.admin = streams["viewer"], streams["operator"], admin
 
 
-def whole_run(urls: dict[str, str], name: str, admin: redis.Redis) -> Ledger:
+def whole_run(urls: dict[str, str], name: str, admin: redis.Redis, *, shards: int = 0) -> Ledger:
     """Drives the run; the viewer's last look at it."""
     with ExitStack() as stack:
-        roles = Roles(urls, name, admin, stack)
+        roles = Roles(urls, name, admin, stack, shards)
         _begin(roles)
         _generate(roles)
         _train(roles)
@@ -104,7 +107,7 @@ def _train(roles: Roles) -> None:
     queued = actor.queue("a", 2)
     for _ in range(3):
         learner.strike(-1, queued[0].group)
-    assert sweep(learner.stream) == 0
+    assert sweep(learner.stream) == (3 if learner.stream.shards else 0)
     actor.admit("a")
     learner.fork(0, 0)
 

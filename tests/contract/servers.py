@@ -23,7 +23,7 @@ class RawServer:
 
     def __init__(self, folder: Path, settings: dict[str, object], *lines: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.port = int(str(settings["port"]))
+        self.port, self.bus = int(str(settings["port"])), int(str(settings.get("cluster-port", 0)))
         common = {"bind": "127.0.0.1", "dir": folder, "logfile": folder / "redis.log", "save": '""'}
         rows = [f"{name} {value}" for name, value in {**common, **settings}.items()]
         self._text = "\n".join([*rows, *lines, ""])

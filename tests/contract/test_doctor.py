@@ -1,4 +1,4 @@
-"""`launch doctor` names each thing that is wrong with a server; `launch redis-users` and `redis --users` make users."""
+"""`launch doctor` names what is wrong with a server; `redis-users` and `redis --users` make users."""
 
 from __future__ import annotations
 
