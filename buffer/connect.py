@@ -136,10 +136,13 @@ def refused(error: Exception, where: str) -> StreamError | None:
 
 
 def _silent(error: Exception, url: str) -> RedisUnavailable:
-    hint = "check the URL and that the server runs"
-    if url.startswith("redis:") and "onnect call failed" not in str(error) and "refused" not in str(error):
+    hint, said = "check the URL and that the server runs", str(error)
+    listens = "refused" not in said and "onnect call failed" not in said
+    if url.startswith("redis:") and listens:
         hint += "; a server that speaks TLS needs rediss://"
-    return RedisUnavailable(f"no Redis at {shown(url)}: {error}; {hint}")
+    if url.startswith("rediss:") and "imeout" in said:
+        hint += "; a server that does not speak TLS needs redis://"
+    return RedisUnavailable(f"no Redis at {shown(url)}: {said}; {hint}")
 
 
 def shown(url: str) -> str:

@@ -9,6 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from buffer.errors import RedisUnavailable
 from buffer.local_server import find_program
 from buffer.process import end_with_parent
 from tests.waiting import wait_until
@@ -24,13 +25,14 @@ class RawServer:
     def __init__(self, folder: Path, settings: dict[str, object], *lines: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port, self.bus = int(str(settings["port"])), int(str(settings.get("cluster-port", 0)))
-        common = {"bind": "127.0.0.1", "dir": folder, "logfile": folder / "redis.log", "save": '""'}
+        self._log = folder / "redis.log"
+        common = {"bind": "127.0.0.1", "dir": folder, "logfile": self._log, "save": '""'}
         rows = [f"{name} {value}" for name, value in {**common, **settings}.items()]
         self._text = "\n".join([*rows, *lines, ""])
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> RawServer:
-        """Starts it and waits until it listens."""
+        """Starts it and waits until it listens. Raises `RedisUnavailable` if it ends instead."""
         self.process = subprocess.Popen(
             [find_program(), "-"],
             stdin=subprocess.PIPE,
@@ -45,7 +47,9 @@ class RawServer:
 
     def _listens(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, "the server did not start"
+        if self.process.poll() is not None:
+            lines = self._log.read_text().splitlines() if self._log.exists() else ["no log"]
+            raise RedisUnavailable(f"the server did not start: {' | '.join(lines[-3:])}")
         try:
             redis.Redis(port=self.port, socket_timeout=1, retry=Retry(NoBackoff(), 0)).info("server")
         except redis.AuthenticationError:
@@ -59,6 +63,8 @@ class RawServer:
         assert self.process is not None
         self.process.kill()
         self.process.wait(10)
+
+    close = kill
 
     def __enter__(self) -> RawServer:
         return self.start()

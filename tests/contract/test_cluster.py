@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,6 +30,9 @@ from tests.contract.harness import Run, digest
 from tests.contract.roles import whole_run
 from tests.waiting import wait_until
 
+# redis-py drops the connections to a cluster that it looks at anew without closing them.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
 SHARDS = 6
 names = iter(range(1000))
 
@@ -37,6 +42,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One cluster for all tests here; each takes a run name of its own."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as started:
         yield started
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
