@@ -364,7 +364,7 @@ class Model:
             self.dropped["lineage"] += 1
             self.give_back(self.ready.pop(group), "lineage")
         for step in range(self.head - 1, at - 1, -1):
-            for row in self.assigned(step).values():
+            for row in reversed(self.assigned(step).values()):
                 self.dropped["lineage"] += 1
                 if step < self.version:
                     self.trained[step - row.version_min] -= 1
