@@ -106,7 +106,8 @@ SCRIPTS = {
     ),
     "a checkpoint is due": (
         {"batch": 1, "eta": 1, "uncovered_max": 2},
-        f"feed 7, {STEP.format(0)}, {STEP.format(0)}, admit 0, publish 0, assign, checkpoint 0, assign",
+        "feed 7, admit 0, publish 0, assign, commit 2, applied 0 0, admit 0, publish 0, assign, commit 2, "
+        "applied 0 0, admit 0, publish 0, assign, checkpoint 0, assign",
     ),
     "records that cannot be read": (
         {"batch": 2, "eta": 1},
