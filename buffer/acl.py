@@ -70,10 +70,21 @@ ROLES = (
     Role(
         name="learner",
         purpose="trains a run and owns it: creates it, feeds, assigns, commits, forks, sweeps",
-        calls=("join", "feed", "assign", "strike", "commit", "reconcile", "fork", "leave"),
+        calls=("join", "heartbeat", "feed", "assign", "strike", "commit", "reconcile", "fork", "leave"),
         looks=("snapshot", "aged"),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "blpop", "expire", "function|load"),
-        writes=(*FUNCTION_KEYS, SHARDS, "config", "files", "progress", "mail:*", "scores:*", "stop", RUNS),
+        writes=(
+            *FUNCTION_KEYS,
+            SHARDS,
+            "config",
+            "files",
+            "environment",
+            "progress",
+            "mail:*",
+            "scores:*",
+            "stop",
+            RUNS,
+        ),
         reads=(),
     ),
     Role(

@@ -14,7 +14,7 @@ from buffer.batches import Assignment, Manifest
 from buffer.client import Stream
 from buffer.keys import RUNS
 from buffer.ledger import Ledger, Snapshot, violations
-from buffer.members import Joined, JoinRecorder, Leave, RecorderBeat
+from buffer.members import Joined, JoinRecorder, LearnerBeat, Leave, RecorderBeat
 from buffer.prompts import Requeue
 from buffer.recovery import Known, Reconcile
 from buffer.stream import read_frames, sweep
@@ -60,6 +60,8 @@ def _begin(roles: Roles) -> None:
     plain.sadd(RUNS, learner.stream.run)
     plain.hset(learner.stream.key("files"), "config.json", "{}")
     plain.set(learner.stream.key("config"), "{}")
+    plain.set(learner.stream.key("environment"), "{}")
+    learner.stream.call(LearnerBeat(learner.epochs["learner"]))
     plain.hset(learner.stream.key("progress"), "loss", 1)
     plain.delete(learner.stream.key("mail:a"))
     plain.rpush(learner.stream.key("mail:a"), "request")
