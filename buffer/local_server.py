@@ -34,8 +34,10 @@ class LocalServer:
         self.process, self.url, self.socket_url, self._sockets = process, url, socket_url, sockets
 
     @classmethod
-    def start(cls, folder: Path, *, port: int = 0, appendfsync: str = "always") -> LocalServer:
-        """Starts a server that keeps its data in `folder`. `port` 0 takes a free one.
+    def start(
+        cls, folder: Path, *, port: int = 0, appendfsync: str = "always", password: str = ""
+    ) -> LocalServer:
+        """Starts a server that keeps its data in `folder`. `port` 0 takes a free one, no `password` makes one.
 
         Raises `RedisUnsuitable` if no server program is installed, `RedisUnavailable` if the port is
         taken or the server does not come up.
@@ -49,17 +51,16 @@ class LocalServer:
         for _ in range(_PORT_TRIES):
             chosen = port or free_port()
             try:
-                return cls._start(program, folder, chosen, appendfsync)
+                return cls._start(program, folder, chosen, appendfsync, password or secrets.token_urlsafe(16))
             except RedisUnavailable:
                 if port or _is_free(chosen):
                     raise
         raise RedisUnavailable("no free port for Redis on 127.0.0.1")
 
     @classmethod
-    def _start(cls, program: str, folder: Path, port: int, appendfsync: str) -> LocalServer:
+    def _start(cls, program: str, folder: Path, port: int, appendfsync: str, password: str) -> LocalServer:
         # A socket's path may have 108 bytes, so it cannot lie in the run's folder; mkdtemp makes it private.
         sockets = Path(tempfile.mkdtemp(prefix="slipstream-"))
-        password = secrets.token_urlsafe(16)
         settings = {
             "bind": "127.0.0.1",
             "port": port,
