@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -103,11 +104,11 @@ class Stream(_Run):
 
     def load_library(self) -> None:
         """Loads the function library, on every primary, replacing an older build of the major version."""
-        self.redis.function_load(library_source(), replace=True)
+        self.patiently(lambda: self.redis.function_load(library_source(), replace=True))
 
     def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
-        return call.answer(self._patiently(lambda: self.redis.execute_command(*call.command(self.run))))
+        return call.answer(self.patiently(lambda: self.redis.execute_command(*call.command(self.run))))
 
     def publish(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         """Adds a payload to the replay stream and calls `call` with it, in one transaction.
@@ -123,15 +124,15 @@ class Stream(_Run):
                 pipe.execute_command(*call.command(self.run))
                 return _last(pipe.execute(raise_on_error=False))
 
-        return call.answer(self._patiently(attempt))
+        return call.answer(self.patiently(attempt))
 
     def _publish_to_shard(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         shard = shard_of(call.group, self.shards)
         name = shard_key(self.run, shard)
-        identity = self._patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
+        identity = self.patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
         reply: Any = self.call(msgspec.structs.replace(call, entry=f"{shard}/{identity}"))
         if reply.entry != f"{shard}/{identity}":
-            self._patiently(lambda: self.redis.xdel(name, identity))
+            self.patiently(lambda: self.redis.xdel(name, identity))
         return reply
 
     def take(self, full_key: str, seconds: float) -> bytes | None:
@@ -144,7 +145,8 @@ class Stream(_Run):
             return None
         return found[1] if found else None
 
-    def _patiently(self, attempt: Any) -> Any:
+    def patiently(self, attempt: Callable[[], Any]) -> Any:
+        """What `attempt` returns; it is made again while replies are lost, so it must bear a repeat."""
         deadline = time.monotonic() + self.patience_s
         while True:
             try:

@@ -37,7 +37,7 @@ class LocalServer:
     def start(
         cls, folder: Path, *, port: int = 0, appendfsync: str = "always", password: str = ""
     ) -> LocalServer:
-        """Starts a server that keeps its data in `folder`. `port` 0 takes a free one, no `password` makes one.
+        """Starts a server that keeps its data in `folder`; `port` 0 is any free one, `password` "" a new one.
 
         Raises `RedisUnsuitable` if no server program is installed, `RedisUnavailable` if the port is
         taken or the server does not come up.

@@ -71,11 +71,15 @@ class Frame(msgspec.Struct, frozen=True):
 
 def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
     """Each row's payload, in order, read by entry id in one round trip (a node), and decoded."""
-    with stream.redis.pipeline(transaction=False) as pipe:
-        for row in rows:
-            name, identity = stream.locate(row.entry)
-            pipe.execute_command("XRANGE", name, identity, identity)
-        found = pipe.execute()
+
+    def attempt() -> list[Any]:
+        with stream.redis.pipeline(transaction=False) as pipe:
+            for row in rows:
+                name, identity = stream.locate(row.entry)
+                pipe.execute_command("XRANGE", name, identity, identity)
+            return pipe.execute()
+
+    found = stream.patiently(attempt)
     return [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
 
 
