@@ -205,6 +205,10 @@ class Actor:
         while True:
             await self.slots.acquire()
             await self.online.wait()
+            if self.version < 0:
+                await asyncio.sleep(0.02)
+                self.slots.release()
+                continue
             self.requests += 1
             number, word = self.requests, secrets.token_hex(16)
             lease = await self._call(lambda: Admit(self.settings.name, self.epoch, number, word))  # noqa: B023
@@ -215,6 +219,10 @@ class Actor:
                 self.faults.at("leased")
             else:
                 self._say(f"waiting: {lease.reason}")
+                if lease.reason in ("old-weights", "no-weights"):
+                    self.version = (
+                        -1
+                    )  # a server that came back older has forgotten what was applied: say it again
                 self.slots.release()
                 await self.stream.take(self.stream.key("places"), 0.3)
 

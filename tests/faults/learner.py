@@ -17,7 +17,7 @@ import numpy as np
 from buffer.batches import Assigned
 from buffer.client import Stream
 from buffer.config import StreamConfig
-from buffer.errors import Behind, StreamError
+from buffer.errors import Behind, NoRun, StreamError
 from buffer.ledger import Ledger, Snapshot
 from buffer.members import Rules
 from buffer.prompts import encode_prompt
@@ -83,7 +83,7 @@ class Learner:
         if self.session.version < 0:
             self.session.commit(0, digest(self.weights))
         while True:
-            ledger = self.stream.call(Snapshot())
+            ledger = self._look()
             self._feed(ledger)
             answer = self.session.assign(self.version)
             if answer.status == "batch":
@@ -97,6 +97,13 @@ class Learner:
         reason = f"the run is over at version {self.version}"
         self.session.leave(reason)
         return reason
+
+    def _look(self) -> Ledger:
+        try:
+            return self.stream.call(Snapshot())
+        except NoRun:
+            self.session.reconcile()  # which tells a server that was wiped from one that came back older
+            return self.stream.call(Snapshot())
 
     def _feed(self, ledger: Ledger) -> None:
         batch, queued = self.rules.batch, ledger.sizes["prompts"]

@@ -201,7 +201,8 @@ class Trial:
     def check(self) -> Ledger:
         """I1 to I6 of what happened so far; the ledger."""
         ledger = self.ledger()
-        assert broken(ledger, self.learners, self.actors, self.config.max_staleness) == []
+        found = broken(ledger, self.learners, self.actors, self.config.max_staleness)
+        assert not found, "\n".join(found)
         return ledger
 
     def close(self) -> None:
