@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from tests.faults.server import Server
+from tests.faults.spawner import Spawner
 from tests.faults.trial import Trial
+
+
+@pytest.fixture(scope="session")
+def spawner() -> Iterator[Spawner]:
+    """What starts the scripted processes."""
+    with Spawner(Path(__file__).parents[2]) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +29,15 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def trial(shared_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Trial]]:
+def trial(
+    shared_server: Server, spawner: Spawner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Trial]]:
     """Makes trials, on the shared server unless another is given; their processes end with the test."""
     with ExitStack() as open_trials:
 
         def make(server: Server | None = None, **settings: Any) -> Trial:
             folder = tmp_path_factory.mktemp("trial")
-            made = Trial(server or shared_server, folder, **settings)
+            made = Trial(server or shared_server, spawner, folder, **settings)
             open_trials.callback(made.close)
             return made
 

@@ -79,7 +79,7 @@ def _acknowledged_groups(
 
 def _endings(process: Process) -> Iterator[str]:
     """I6: the exit code is right, a process that ended itself said why in one line, and no traceback."""
-    code = process.popen.poll()
+    code = process.code
     if code is not None and code != process.expected:
         yield f"I6: {process.name} ended with {code}, expected {process.expected}"
     if errors := process.errors.read_text():

@@ -172,7 +172,9 @@ class Learner:
         self._commit_checkpoint(self.session, self.version, digest(self.weights))
 
     def _commit_checkpoint(self, session: Session, version: int, of: str) -> None:
-        kept = sorted({one.version for one in checkpoints.saved(self.folder) if one.version <= version})
+        # Another learner may have pruned what this one wrote; it then learns at the call that it is fenced.
+        found = {one.version for one in checkpoints.saved(self.folder) if one.version < version}
+        kept = [*sorted(found), version]
         oldest = kept[-self.settings.keep :][0]
         session.checkpoint(version, of, oldest)
         self.faults.at("ckpt-committed")

@@ -134,7 +134,7 @@ def test_row_9_another_run_in_its_place(own_server: Servers, trial: Trials, how:
 def test_row_10_redis_hangs(own_server: Servers, trial: Trials, seconds: int) -> None:
     """No process dies, none of the leases expires for it; a call returns when its patience is over."""
     server = own_server()
-    run = trial(server, eta=2)
+    run = trial(server, eta=2, lease_s=3.0)
     processes = [run.learner(), run.actor(), run.actor()]
     run.wait_steps(3)
     impatient = Stream(server.redis, run.run, patience_s=0.5)

@@ -1,6 +1,6 @@
 """A run whose processes a test may kill: starting them, reading their logs, waiting for what they say.
 
-trial = Trial(server, folder, batch=2, eta=1)
+trial = Trial(server, spawner, folder, batch=2, eta=1)
 learner = trial.learner(fault="learner:trained:3")
 actors = [trial.actor(), trial.actor()]
 learner.wait_killed()
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,34 +27,36 @@ from tests.faults.actor import ActorSettings
 from tests.faults.invariants import broken
 from tests.faults.learner import LearnerSettings
 from tests.faults.server import Server
+from tests.faults.spawner import Spawner, Start
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_S = 40.0
 
 
 class Process:
     """A scripted process. Only its own pid is ever signalled."""
 
-    def __init__(self, module: str, settings: Any, folder: Path, fault: str) -> None:
+    def __init__(self, spawner: Spawner, module: str, settings: Any, folder: Path, fault: str) -> None:
         self.name = Path(settings.log).stem
-        self.errors = folder / f"{self.name}.stderr"
-        self.log = Path(settings.log)
+        self.errors, self.log = folder / f"{self.name}.stderr", Path(settings.log)
         self.expected = 0
         """The exit code that is right."""
-        environment = {
-            **os.environ,
-            "SLIPSTREAM_FAULT": fault,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        with self.errors.open("wb") as errors:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", f"tests.faults.{module}", msgspec.json.encode(settings).decode()],
-                cwd=ROOT,
-                env=environment,
-                stdout=errors,
-                stderr=errors,
-            )
+        self._code: int | None = None
+        self._spawner = spawner
+        self.errors.touch()
+        request = Start(module, msgspec.json.encode(settings).decode(), fault, str(self.errors))
+        self.pid = spawner.start(request)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        if self._code is None:
+            self._code = self._spawner.poll(self.pid)
+        return self._code
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.code is None
 
     def events(self, event: str = "") -> list[dict[str, Any]]:
         """What it has logged so far; of one kind, if named."""
@@ -77,11 +77,11 @@ class Process:
         """Waits for its end, with this exit code."""
         self.expected = code
         until(lambda: not self.running, seconds, lambda: f"{self.name} ends; {self.said()}")
-        assert self.popen.returncode == code, self.said()
+        assert self.code == code, self.said()
 
     def kill(self) -> None:
         """kill -9."""
-        self.popen.kill()
+        os.kill(self.pid, signal.SIGKILL)
         self.wait(-signal.SIGKILL)
 
     def wait_killed(self) -> None:
@@ -90,34 +90,32 @@ class Process:
 
     def wait_stopped(self) -> None:
         """Waits until it has been stopped at its point."""
-        stat = Path(f"/proc/{self.popen.pid}/stat")
+        stat = Path(f"/proc/{self.pid}/stat")
         until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", PATIENCE_S, "it stops")
 
     def stop(self) -> None:
         """SIGSTOP."""
-        os.kill(self.popen.pid, signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
         """SIGCONT."""
-        os.kill(self.popen.pid, signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     def said(self) -> str:
         """Its last words, for a test that fails."""
-        return f"{self.name}: {self.popen.poll()} {self.events()[-3:]} {self.errors.read_text()[-1500:]}"
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended."""
-        return self.popen.poll() is None
+        return f"{self.name}: {self.code} {self.events()[-3:]} {self.errors.read_text()[-1500:]}"
 
 
 class Trial:
     """One run and all its processes so far."""
 
-    def __init__(self, server: Server, folder: Path, *, batch: int = 2, eta: int = 1, **rules: Any) -> None:
+    def __init__(
+        self, server: Server, spawner: Spawner, folder: Path, *, batch: int = 2, eta: int = 1, **rules: Any
+    ) -> None:
         self.server, self.folder, self.run, self.seed = server, folder, f"run-{folder.name}", 5
         chosen = {"max_steps": 100_000, "lease_s": 1.0, "attempts": 50, "group_size": 2, **rules}
         self.config = StreamConfig(groups_per_step=batch, max_staleness=eta, **chosen)
+        self._spawner = spawner
         self.learners: list[Process] = []
         self.actors: list[Process] = []
         (folder / "logs").mkdir()
@@ -134,7 +132,7 @@ class Trial:
             seed=self.seed,
             **settings,
         )
-        self.learners.append(Process("learner", told, self.folder / "logs", fault))
+        self.learners.append(Process(self._spawner, "learner", told, self.folder / "logs", fault))
         return self.learners[-1]
 
     def actor(self, name: str = "", *, fault: str = "", url: str = "", **settings: Any) -> Process:
@@ -149,7 +147,7 @@ class Trial:
             lease_s=self.config.lease_s,
             **settings,
         )
-        self.actors.append(Process("actor", told, self.folder / "logs", fault))
+        self.actors.append(Process(self._spawner, "actor", told, self.folder / "logs", fault))
         return self.actors[-1]
 
     def ledger(self) -> Ledger:
@@ -171,7 +169,7 @@ class Trial:
 
         def there() -> bool:
             for one in self._everybody():
-                assert one.running or one.popen.returncode in (0, one.expected), one.said()
+                assert one.code in (None, 0, one.expected), one.said()
             return self.steps() >= steps
 
         until(there, seconds, lambda: f"{steps} steps; {self._state()}")
@@ -209,8 +207,7 @@ class Trial:
         """Ends what still runs."""
         for process in self._everybody():
             if process.running:
-                process.popen.kill()
-                process.popen.wait()
+                process.kill()
         self.stream.close()
 
 
