@@ -28,7 +28,7 @@ from buffer.members import Applied, Heartbeat, JoinActor, Leave
 from buffer.schema import SCHEMA_VERSION, Group, Version
 from buffer.stream import Publish
 from tests.faults.points import Faults, Log, to_the_end
-from tests.faults.poison import spoil
+from tests.faults.poison import KINDS, spoil
 from tests.faults.policy import finished_sample, speak
 
 
@@ -51,6 +51,8 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     schema: int = SCHEMA_VERSION
     poison: int = -1
     """Seed of the damage done to every payload; -1: none."""
+    poison_kinds: tuple[str, ...] = tuple(KINDS)
+    """Names of the kinds of damage to draw from."""
     clock_s: float = 0.0
     """How far this process's wall clock is off."""
 
@@ -179,7 +181,9 @@ class Actor:
     async def _apply(self) -> None:
         """Serves the newest committed version."""
         versions, step = self.stream.key("versions"), self.stream.key("step")
-        while True:
+        own = asyncio.current_task()
+        assert own is not None
+        while not own.cancelling():  # which redis-py may have swallowed
             try:
                 newest = int(await self.stream.redis.get(step) or -1)
                 of = await self.stream.redis.hget(versions, str(newest)) if newest > self.version else None
@@ -269,7 +273,7 @@ class Actor:
         payload = encode(group)
         call = Publish.of(group, epoch=self.epoch, token=lease.token, size=len(payload))
         if self.settings.poison >= 0:
-            payload = spoil(group, payload, self.damage)
+            payload = spoil(group, payload, self.damage, self.settings.poison_kinds)
         while True:
             await self.online.wait()
             try:

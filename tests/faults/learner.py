@@ -17,7 +17,7 @@ import numpy as np
 from buffer.batches import Assigned
 from buffer.client import Stream
 from buffer.config import StreamConfig
-from buffer.errors import Behind, NoRun, StreamError
+from buffer.errors import Behind, NoRun, RedisFull, StreamError
 from buffer.ledger import Ledger, Snapshot
 from buffer.members import Rules
 from buffer.prompts import encode_prompt
@@ -115,6 +115,8 @@ class Learner:
             self.session.feed(tail, tuple(prompts))
         except Behind as error:
             self.log("fed elsewhere", tail=self.session.tail, reason=str(error))
+        except RedisFull as error:
+            self.log("full", reason=str(error))  # what is queued can be trained all the same
 
     def _step(self, answer: Assigned) -> None:
         step, manifest = self.version, answer.manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import struct
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -17,10 +18,9 @@ from buffer.schema import SCHEMA_VERSION, Group, Version
 _HEADER = struct.Struct("<4sHHIQ")
 
 
-def spoil(group: Group, payload: bytes, damage: random.Random) -> bytes:
+def spoil(group: Group, payload: bytes, damage: random.Random, kinds: Sequence[str]) -> bytes:
     """The payload of a group with damage of a kind that the generator draws."""
-    kind = damage.choice(KINDS)
-    return kind(group, payload, damage)
+    return KINDS[damage.choice(kinds)](group, payload, damage)
 
 
 def frame(raw: bytes, *, size: int | None = None, version: int = SCHEMA_VERSION) -> bytes:
@@ -110,15 +110,19 @@ def noise(group: Group, payload: bytes, damage: random.Random) -> bytes:
     return damage.randbytes(damage.randrange(1, 300))
 
 
-KINDS = (
-    flipped,
-    truncated,
-    bomb,
-    deep,
-    not_finite,
-    other_tag,
-    other_group,
-    other_version,
-    other_schema,
-    noise,
-)
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        flipped,
+        truncated,
+        bomb,
+        deep,
+        not_finite,
+        other_tag,
+        other_group,
+        other_version,
+        other_schema,
+        noise,
+    )
+}
+"""Every kind of damage by name."""

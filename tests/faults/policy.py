@@ -83,7 +83,7 @@ def untrue(group: Group, seed: int, committed: Mapping[int, str]) -> list[str]:
     problems = [
         f"{group.id}: version {tag.number} has digest {tag.digest}, not the committed one"
         for tag in group.versions
-        if committed.get(tag.number, tag.digest) != tag.digest
+        if committed.get(tag.number) != tag.digest
     ]
     for index, sample in enumerate(group.samples):
         parts, begin = [], 0
