@@ -50,7 +50,7 @@ KEYS = (
         "prompts", "list", "functions", "while queued", "position, attempt and last attempt of queued prompts"
     ),
     Key("prompt", "hash", "functions", "until covered", "position -> prompt record (msgpack)"),
-    Key("skip", "set", "functions", "until fed", "positions trained before the server came back older"),
+    Key("skip", "hash", "functions", "until fed", "positions assigned before the server came back older"),
     Key("versions", "hash", "functions", "run", "committed version -> digest"),
     Key("forks", "list", "functions", "run", "every fork: lineage left, version, reason (JSON)"),
     Key("actors", "hash", "functions", "while joined", "actor -> its record (JSON)"),
@@ -100,7 +100,7 @@ def shard_of(group: str, shards: int) -> int:
     >>> shard_of("0000-0000000041-01", 1)
     0
     """
-    return xxhash.xxh3_64_intdigest(group) % shards
+    return xxhash.xxh3_64_intdigest(group.encode()) % shards
 
 
 def shard_key(run: str, shard: int) -> str:

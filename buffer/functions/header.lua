@@ -25,7 +25,7 @@
 -- {run}:manifests       hash    step -> {rows: [[group, entry, version_min, bytes]...], strikes: {group: reason}} (JSON)
 -- {run}:prompts         list    "position attempt limit" of each queued prompt; leases pop the head
 -- {run}:prompt          hash    position -> prompt record, from feed until its group is covered or retired
--- {run}:skip            set     positions trained before Redis came back older; feeding them again skips them
+-- {run}:skip            hash    position assigned before Redis came back older -> the attempt that feeding it queues, -1: none
 -- {run}:versions        hash    version -> digest of every committed version of this lineage
 -- {run}:forks           list    {lineage at head version reason} of every fork (JSON)
 -- {run}:staleness       hash    staleness in steps -> trained groups
