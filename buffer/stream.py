@@ -104,23 +104,27 @@ def sweep(stream: Stream) -> int:
 
     Returns how many. Meant for the learner, now and then; a second sweep at the same time does no harm.
     """
-    trash: Any = stream.redis.lrange(stream.key("trash"), 0, 999)
+    key = stream.key("trash")
+    trash: Any = stream.patiently(lambda: stream.redis.lrange(key, 0, 999))
     for entry in trash:
-        name, identity = stream.locate(entry.decode())
-        stream.redis.xdel(name, identity)
-    if trash:
-        stream.redis.ltrim(stream.key("trash"), len(trash), -1)
+        _delete(stream, *stream.locate(entry.decode()))
+        stream.patiently(lambda: stream.redis.lrem(key, 1, entry))  # noqa: B023 - made in this turn
     return len(trash) + sum(_sweep_orphans(stream, shard) for shard in range(max(1, stream.shards)))
 
 
 def _sweep_orphans(stream: Stream, shard: int) -> int:
     name = shard_key(stream.run, shard) if stream.shards else stream.key("stream")
     # The groups are read after the entries: one that is published in between is in both.
-    aged = stream.redis.execute_command("FCALL_RO", f"{LIBRARY}_aged", 1, name, int(ORPHAN_S * 1000))
-    groups: Any = stream.redis.hvals(stream.key("groups"))
+    call = ("FCALL_RO", f"{LIBRARY}_aged", 1, name, int(ORPHAN_S * 1000))
+    aged = stream.patiently(lambda: stream.redis.execute_command(*call))
+    groups: Any = stream.patiently(lambda: stream.redis.hvals(stream.key("groups")))
     prefix = f"{shard}/" if stream.shards else ""
     known = {msgspec.json.decode(row)["entry"] for row in groups}
     orphans = [entry for entry in aged if prefix + entry.decode() not in known]
     if orphans:
-        stream.redis.xdel(name, *orphans)
+        _delete(stream, name, *orphans)
     return len(orphans)
+
+
+def _delete(stream: Stream, name: str, *identities: str | bytes) -> None:
+    stream.patiently(lambda: stream.redis.xdel(name, *identities))

@@ -102,7 +102,7 @@ local function abandon_outstanding(C, reason)
   for i = #ready, 1, -1 do
     local row = group_row(C, ready[i])
     drop_queued(C, row, reason)
-    C.back[#C.back + 1] = row.position .. ' ' .. row.attempt .. ' ' .. row.limit
+    queue_again(C, C.back, row, row.attempt)
   end
 end
 
@@ -122,7 +122,7 @@ local function undo_steps(C, from)
       if row then
         write(C, 'HDEL', C.key.groups, one[1])
         delete_payload(C, row)
-        C.back[#C.back + 1] = row.position .. ' ' .. row.attempt .. ' ' .. row.limit
+        queue_again(C, C.back, row, row.attempt)
       end
     end
     write(C, 'HDEL', C.key.manifests, step)
