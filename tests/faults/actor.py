@@ -276,13 +276,14 @@ class Actor:
             payload = spoil(group, payload, self.damage, self.settings.poison_kinds)
         while True:
             await self.online.wait()
+            begun = time.monotonic()
             try:
                 answer = await self.stream.publish(call, payload)
                 break
             except RedisFull as error:
                 await self._back_off(error)
         self._said = ""
-        self.log("published", group=group.id, status=answer.status, reason=answer.reason, token=lease.token)
+        self.log("published", group=group.id, status=answer.status, reason=answer.reason, begun=begun)
 
 
 async def live(settings: ActorSettings, log: Log) -> str:

@@ -38,6 +38,7 @@ class Proxy:
 
     def close(self) -> None:
         """Ends the proxy."""
+        self.mode = "cut"
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -53,12 +54,10 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
-        self._close_all()
         server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._close_all()
+        # A handler that is cancelled would be reported; without its connections each ends by itself.
+        self._loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(self._loop), return_exceptions=True))
         self._loop.close()
 
     def _close_all(self) -> None:

@@ -16,7 +16,7 @@ MIB = 1 << 20
 def test_row_19_redis_is_at_maxmemory(own_server: Callable[..., Server], trial: Callable[..., Trial]) -> None:
     """Actors back off and live; the learner trains and commits all that is queued; later all go on."""
     server = own_server()
-    run = trial(server, eta=3, batch=3)
+    run = trial(server, eta=3, batch=3, lease_s=5.0)
     run.learner(fault="learner:committed:3:stop")
     actors = [run.actor(answer=2000), run.actor(answer=2000)]
     run.learners[0].wait_stopped()
