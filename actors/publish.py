@@ -16,7 +16,7 @@ BACK_OFF_S = 1.0
 
 
 async def publish(stream: AsyncStream, group: Group, *, epoch: str, token: str) -> Published:
-    """Encodes the group and publishes it under its lease; a lost reply is asked for again, a full server, too.
+    """Encodes the group and publishes it under its lease; asks again after a lost reply or a full server.
 
     Raises `EngineError` if the engine's answer makes no valid record, such as a log-probability that
     is not a number.

@@ -78,6 +78,7 @@ KEYS = (
     ),
     Key("config", "string", "learner", "run", "the run's resolved configuration (JSON)"),
     Key("files", "hash", "learner", "run", "model config and tokenizer files by name"),
+    Key("environment", "string", "learner", "run", "package versions, instruction set, threads (JSON)"),
     Key("progress", "hash", "learner", "run", "figures of the newest step"),
     Key("mail", "list", "learner", "while joined", "with `:<actor>`: requests to its weight worker (JSON)"),
     Key("scores", "list", "actors", "10 minutes", "with `:<actor>`: its answers to score requests (JSON)"),

@@ -30,7 +30,7 @@ from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
 from learner.feed import Feeder
-from learner.record import RunRecord
+from learner.record import START, RunRecord, environment
 from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
@@ -95,10 +95,12 @@ class Learner:
             log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
         session = self._join()
         with RunRecord(self._folder, self._stream) as record:
-            trainer = self._trainer()
+            trainer = self._trainer(Path(settings.model.path))
             report: dict[str, Any] = {}
             if settings.sft is not None:
                 report["sft"] = self._warm_up(trainer, tokenizer, record, session)
+                trainer = self._start_over(trainer)
+            self._stream.redis.set(self._stream.key("environment"), msgspec.json.encode(environment()))
             with self._feeder(session, order) as feeder, self._offers(session) as offers:
                 manifest = self._train(trainer, session, offers, record, feeder)
                 report |= self._finish(trainer, tokenizer, manifest)
@@ -120,12 +122,16 @@ class Learner:
         stream.redis.set(stream.key("config"), self._config)
         return session
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, folder: Path) -> Trainer:
         from learner.step import Trainer  # brings torch and Megatron-Core: after all cheap checks
 
         settings = self._settings
-        folder = Path(settings.model.path)
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+
+    def _start_over(self, trainer: Trainer) -> Trainer:
+        """Version 0 from its own checkpoint, with a fresh optimizer: what a replay starts from, too."""
+        trainer.save(self._folder / START)
+        return self._trainer(self._folder / START)
 
     def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
         rules = self._settings.stream

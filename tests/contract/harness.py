@@ -175,6 +175,10 @@ class Run:
         """The actor leaves; how many leases it handed back."""
         return self.stream.call(Leave("actor", actor, self.epochs[actor])).released
 
+    def leave_learner(self, reason: str) -> int:
+        """The learner ends the run; how many leases were released."""
+        return self.stream.call(Leave("learner", reason, self.epochs["learner"])).released
+
     def snapshot(self) -> Ledger:
         """The control state."""
         return self.stream.call(Snapshot(full=True))

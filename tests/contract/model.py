@@ -287,7 +287,7 @@ class Model:
             peak = len(PAYLOAD) if self.times else 0
             expected = self.payloads() * len(PAYLOAD) + (len(self.leases) + 1) * peak
             return ("memory" if self.bytes_limit and expected > self.bytes_limit else "few"), {}
-        if self.uncovered_max and self.head - self.checkpoint >= self.uncovered_max:
+        if self.uncovered_max and self.head - max(self.checkpoint, self.wanted + 1) >= self.uncovered_max:
             return "uncovered", {}
         order = sorted(self.ready, key=lambda group: (self.ready[group].deadline, group))
         chosen = order[: self.batch]
@@ -364,7 +364,7 @@ class Model:
             self.dropped["lineage"] += 1
             self.give_back(self.ready.pop(group), "lineage")
         for step in range(self.head - 1, at - 1, -1):
-            for row in self.assigned(step).values():
+            for row in reversed(self.assigned(step).values()):
                 self.dropped["lineage"] += 1
                 if step < self.version:
                     self.trained[step - row.version_min] -= 1

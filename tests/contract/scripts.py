@@ -97,8 +97,8 @@ SCRIPTS = {
     ),
     "late groups are dropped, as few as can be": (
         {"batch": 2, "eta": 2, "policy": "drop"},
-        "feed 7, admit 0, admit 0, admit 0, admit 0, admit 0, admit 0, publish 4, publish 4, assign, commit 0, "
-        "applied 0 0, drop 0 0, admit 0, admit 0, publish 3, publish 3, assign",
+        f"feed 7{', admit 0' * 6}, publish 4, publish 4, assign, commit 0, applied 0 0, "
+        "drop 0 0, admit 0, admit 0, publish 3, publish 3, assign",
     ),
     "surplus is dropped when it is due": (
         {"batch": 1, "eta": 0, "policy": "drop", "cap": 2},
@@ -106,12 +106,13 @@ SCRIPTS = {
     ),
     "a checkpoint is due": (
         {"batch": 1, "eta": 1, "uncovered_max": 2},
-        f"feed 7, {STEP.format(0)}, {STEP.format(0)}, admit 0, publish 0, assign, checkpoint 0, assign",
+        "feed 7, admit 0, publish 0, assign, commit 2, applied 0 0, admit 0, publish 0, assign, commit 2, "
+        "applied 0 0, admit 0, publish 0, assign, checkpoint 0, assign",
     ),
     "records that cannot be read": (
         {"batch": 2, "eta": 1},
-        "feed 7, admit 0, admit 0, publish 0, publish 0, assign, strike 1, commit 1, strike 1, admit 0, publish 0, "
-        "strike 0, strike 0, strike 0, requeue 0",
+        "feed 7, admit 0, admit 0, publish 0, publish 0, assign, strike 1, commit 1, strike 1, admit 0, "
+        "publish 0, strike 0, strike 0, strike 0, requeue 0",
     ),
     "no lease lives for ever": (
         {"batch": 1, "eta": 1},
@@ -127,23 +128,24 @@ SCRIPTS = {
     ),
     "the data ends with a short batch": (
         {"batch": 2, "eta": 1},
-        "feed 2, admit 0, admit 0, publish 0, assign, end_data 0, publish 0, assign, admit 0, assign, publish 0, "
-        "assign, assign",
+        "feed 2, admit 0, admit 0, publish 0, assign, end_data 0, publish 0, assign, admit 0, assign, "
+        "publish 0, assign, assign",
     ),
     "an older server, and groups that are due no more": (
         {"batch": 1, "eta": 1, "attempts_max": 1},
-        f"feed 7, admit 0, admit 0, publish 0, save, drop 0 0, assign, commit 0, applied 0 0, {STEP.format(0)}, "
-        f"{STEP.format(0)}, roll_back, applied 0 0, {STEP.format(0)}",
+        f"feed 7, admit 0, admit 0, publish 0, save, drop 0 0, assign, commit 0, applied 0 0, "
+        f"{STEP.format(0)}, {STEP.format(0)}, roll_back, applied 0 0, {STEP.format(0)}",
     ),
     "an older server, and groups that were leased or queued": (
         {"batch": 1, "eta": 1},
-        "feed 7, admit 0, admit 0, publish 0, save, assign, commit 0, applied 0 0, publish 0, assign, commit 0, "
-        f"roll_back, applied 0 0, {STEP.format(0)}, learner_restarts",
+        "feed 7, admit 0, admit 0, publish 0, save, assign, commit 0, applied 0 0, publish 0, assign, "
+        f"commit 0, roll_back, applied 0 0, {STEP.format(0)}, learner_restarts",
     ),
     "an older server, and prompts that it never had": (
         {"batch": 1, "eta": 1},
-        f"feed 0, admit 0, publish 0, save, assign, commit 0, applied 0 0, feed 1, {STEP.format(0)}, admit 0, "
-        f"publish 0, assign, strike 1, roll_back, feed 7, commit 0, applied 0 0, {STEP.format(0)}, {STEP.format(0)}",
+        f"feed 0, admit 0, publish 0, save, assign, commit 0, applied 0 0, feed 1, {STEP.format(0)}, "
+        "admit 0, publish 0, assign, strike 1, roll_back, feed 7, commit 0, applied 0 0, "
+        f"{STEP.format(0)}, {STEP.format(0)}",
     ),
 }
 """What is reached -> (settings, steps: names of `Walk` with their numbers)."""

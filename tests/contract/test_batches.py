@@ -9,7 +9,7 @@ from buffer.admission import Drop
 from buffer.batches import Assign
 from buffer.client import Stream
 from buffer.codec import encode
-from buffer.errors import RecordError, StreamError
+from buffer.errors import StreamError
 from buffer.ledger import Counts, Snapshot
 from buffer.members import Applied
 from buffer.stream import Publish, read_frames

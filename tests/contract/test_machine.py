@@ -69,7 +69,7 @@ def _event(name: str) -> Callable[..., None]:
 
 
 for _name, (_arguments, _) in ACTIONS.items():
-    _choices = {letter: CHOICE for letter in "ab"[:_arguments]}
+    _choices = dict.fromkeys("ab"[:_arguments], CHOICE)
     setattr(Events, _name, rule(**_choices)(_event(_name)))
 
 

@@ -184,11 +184,7 @@ class Walk:
         self.run.stop_clock()
         self.session.reconcile()
         for name in self.names:
-            try:
-                self.run.heartbeat(name)
-            except Fenced as error:
-                assert error.came_back_older
-                self.run.join_actor(name)
+            self._beat_or_join(name)
         self.came_back_older = True
         after = self.model = self._read()
         assert (after.lineage, after.head, after.version) == (before.lineage, before.head, before.version)
@@ -196,6 +192,14 @@ class Walk:
         self._nothing_assigned_comes_again(after)
         self._forget_calls()
         self.saved = {}
+
+    def _beat_or_join(self, name: str) -> None:
+        try:
+            self.run.heartbeat(name)
+        except Fenced as error:
+            if not error.came_back_older:
+                raise
+            self.run.join_actor(name)
 
     def _nothing_assigned_comes_again(self, after: Model) -> None:
         known = self.session.known.manifests
