@@ -112,7 +112,7 @@ class Stream(_Run):
 
     def load_library(self) -> None:
         """Loads the function library, on every primary, replacing an older build of the major version."""
-        self.redis.function_load(library_source(), replace=True)
+        self.patiently(lambda: self.redis.function_load(library_source(), replace=True))
 
     def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""

@@ -37,9 +37,15 @@ class LocalServer:
 
     @classmethod
     def start(
-        cls, folder: Path, *, port: int = 0, appendfsync: str = "always", users: bool = False
+        cls,
+        folder: Path,
+        *,
+        port: int = 0,
+        appendfsync: str = "always",
+        users: bool = False,
+        password: str = "",
     ) -> LocalServer:
-        """Starts a server that keeps its data in `folder`. `port` 0 takes a free one.
+        """Starts a server that keeps its data in `folder`; `port` 0 is any free one, `password` "" a new one.
 
         With `users` there is a user for each role (`urls`), with a new password at every start, and `url`
         is that of `admin`; without, `url` is that of the one user, who may do everything.
@@ -56,18 +62,20 @@ class LocalServer:
         for _ in range(_PORT_TRIES):
             chosen = port or free_port()
             try:
-                return cls._start(program, folder, chosen, appendfsync, users)
+                return cls._start(program, folder, chosen, appendfsync, users, password or new_password())
             except RedisUnavailable:
                 if port or _is_free(chosen):
                     raise
         raise RedisUnavailable("no free port for Redis on 127.0.0.1")
 
     @classmethod
-    def _start(cls, program: str, folder: Path, port: int, appendfsync: str, users: bool) -> LocalServer:
+    def _start(
+        cls, program: str, folder: Path, port: int, appendfsync: str, users: bool, password: str
+    ) -> LocalServer:
         # A socket's path may have 108 bytes, so it cannot lie in the run's folder; mkdtemp makes it private.
         sockets = Path(tempfile.mkdtemp(prefix="slipstream-"))
         admin = "admin" if users else ""
-        passwords = {name: new_password() for name in ("admin", *(role.name for role in ROLES))}
+        passwords = {"admin": password, **{role.name: new_password() for role in ROLES}}
         settings = {
             "bind": "127.0.0.1",
             "port": port,

@@ -92,6 +92,9 @@ def _frame(row: Assignment, entries: Any) -> Frame:
         group = decode(payload, entry=row.entry)
         if group.id != row.group:
             raise RecordError(f"holds {group.id}", field="id", entry=row.entry, group=row.group)
+        if group.version_min != row.version_min:
+            problem = f"got {group.version_min} as the oldest, it was published with {row.version_min}"
+            raise RecordError(problem, field="versions", entry=row.entry, group=row.group)
     except RecordError as problem:
         return Frame(row, payload, None, problem)
     return Frame(row, payload, group, None)
