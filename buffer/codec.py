@@ -72,10 +72,10 @@ def decode(frame: bytes, *, entry: str = "?", limit: int = SIZE_LIMIT) -> Group:
     return group
 
 
-def _split(array: np.ndarray) -> list[np.ndarray]:
+def _split(array: np.ndarray) -> list[memoryview]:
     """The four byte planes of an array of 32-bit numbers, lowest bytes first."""
     low, high = array.view(np.uint32).astype(np.uint16), (array.view(np.uint32) >> 16).astype(np.uint16)
-    return [half.astype(np.uint8) for half in (low, low >> 8, high, high >> 8)]
+    return [half.astype(np.uint8).data for half in (low, low >> 8, high, high >> 8)]
 
 
 def _join(planes: list[Bytes]) -> np.ndarray:

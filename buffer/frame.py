@@ -19,15 +19,13 @@ import struct
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import xxhash
 import zstandard
 
 from buffer.errors import RecordError
 from buffer.schema import SCHEMA_VERSION
 
-Bytes = bytes | memoryview | np.ndarray
-"""Anything that is one run of bytes; an array is of uint8 and one dimension."""
+Bytes = bytes | memoryview
 
 MAGIC = b"SLIP"
 SIZE_LIMIT = 256 << 20
@@ -81,7 +79,7 @@ def unpack(frame: bytes, count: int, *, entry: str = "?", limit: int = SIZE_LIMI
             f"got {sum(raw)} bytes in {start + sum(stored)}, the frame declares {size} and has {len(body)}"
         )
         raise RecordError(problem, field="parts", entry=entry)
-    parts = []
+    parts: list[Bytes] = []
     for whole, length in zip(raw, stored, strict=True):
         part = body[start : start + length]
         parts.append(part if length == whole else _inflate(part, whole, entry))
