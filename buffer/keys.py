@@ -50,7 +50,7 @@ KEYS = (
         "prompts", "list", "functions", "while queued", "position, attempt and last attempt of queued prompts"
     ),
     Key("prompt", "hash", "functions", "until covered", "position -> prompt record (msgpack)"),
-    Key("skip", "set", "functions", "until fed", "positions trained before the server came back older"),
+    Key("skip", "hash", "functions", "until fed", "positions assigned before the server came back older"),
     Key("versions", "hash", "functions", "run", "committed version -> digest"),
     Key("forks", "list", "functions", "run", "every fork: lineage left, version, reason (JSON)"),
     Key("actors", "hash", "functions", "while joined", "actor -> its record (JSON)"),
@@ -78,6 +78,7 @@ KEYS = (
     ),
     Key("config", "string", "learner", "run", "the run's resolved configuration (JSON)"),
     Key("files", "hash", "learner", "run", "model config and tokenizer files by name"),
+    Key("environment", "string", "learner", "run", "package versions, instruction set, threads (JSON)"),
     Key("progress", "hash", "learner", "run", "figures of the newest step"),
     Key("mail", "list", "learner", "while joined", "with `:<actor>`: requests to its weight worker (JSON)"),
     Key("scores", "list", "actors", "10 minutes", "with `:<actor>`: its answers to score requests (JSON)"),
@@ -100,7 +101,7 @@ def shard_of(group: str, shards: int) -> int:
     >>> shard_of("0000-0000000041-01", 1)
     0
     """
-    return xxhash.xxh3_64_intdigest(group) % shards
+    return xxhash.xxh3_64_intdigest(group.encode()) % shards
 
 
 def shard_key(run: str, shard: int) -> str:

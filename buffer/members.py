@@ -151,8 +151,8 @@ class Heartbeat(Call[Beat], frozen=True):
         return ["actor", *super().arguments()]
 
 
-class Recorded(msgspec.Struct, array_like=True, frozen=True):
-    """Answer of `RecorderBeat`."""
+class Standing(msgspec.Struct, array_like=True, frozen=True):
+    """Answer of `LearnerBeat` and `RecorderBeat`: where the run stands."""
 
     head: int
     version: int
@@ -161,7 +161,17 @@ class Recorded(msgspec.Struct, array_like=True, frozen=True):
     ended: str
 
 
-class RecorderBeat(Call[Recorded], frozen=True):
+class LearnerBeat(Call[Standing], frozen=True):
+    """Lets the run's clock advance, also while the learner trains or waits."""
+
+    function: ClassVar[str] = "heartbeat"
+    epoch: str
+
+    def arguments(self) -> list[Any]:
+        return ["learner", self.epoch]
+
+
+class RecorderBeat(Call[Standing], frozen=True):
     """The recorder has everything up to `step`."""
 
     function: ClassVar[str] = "heartbeat"

@@ -24,7 +24,7 @@ from buffer.batches import Assign, Assigned, Manifest, Strike, Struck
 from buffer.client import Call, Stream
 from buffer.errors import Behind, Fenced, ForeignRun, NoRun
 from buffer.ledger import Snapshot
-from buffer.members import Joined, JoinLearner, Leave, Rules
+from buffer.members import Joined, JoinLearner, LearnerBeat, Leave, Rules, Standing
 from buffer.prompts import Fed, Feed
 from buffer.recovery import Known, Reconcile
 from buffer.versions import Commit, CommitCheckpoint, Committed, Fork, Forked
@@ -42,6 +42,8 @@ class Session:
         self.stream, self.epoch, self.known = stream, joined.epoch, known
         self.tail = joined.tail
         """Position of the next prompt to feed, as Redis has it."""
+        self.data_end = joined.data_end
+        """Position at which the data ends, -1 while that is not known."""
         self._lock = threading.RLock()
         self._lost, self._server = stream.lost, _server_id(stream)
 
@@ -81,7 +83,12 @@ class Session:
             self.reconcile()
             raise
         self.tail = self.known.tail = fed.tail
+        self.data_end = fed.tail if final else -1
         return fed
+
+    def beat(self) -> Standing:
+        """Lets the run's clock advance; at least every half second, whatever else the learner does."""
+        return self._repeating(LearnerBeat(self.epoch))
 
     def assign(self, step: int) -> Assigned:
         """The batch of a step, or why there is none."""
@@ -126,7 +133,7 @@ class Session:
         with self._lock:
             known = self.known
             known.lineage, known.head, known.version = answer.lineage, answer.head, answer.version
-            known.checkpoint = min(known.checkpoint, at)
+            known.checkpoint, known.covered = min(known.checkpoint, at), min(known.covered, at - 1)
             known.manifests = {step: rows for step, rows in known.manifests.items() if step < at}
             known.versions = {version: digest for version, digest in known.versions.items() if version <= at}
             self.tail = known.tail = answer.tail
@@ -155,6 +162,7 @@ class Session:
                 ) from error
             self._server, self._lost = server, self.stream.lost
             self.tail = self.known.tail = answer.tail
+            self.data_end = -1
 
     def _call(self, call: Call[Reply]) -> Reply:
         if self.stream.lost != self._lost:

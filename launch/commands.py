@@ -27,7 +27,7 @@ def demo(args: argparse.Namespace) -> int:
     config = _config(args, [demo_file()], overrides)
     if config is None:
         return 0
-    return _finish(run_demo(config, args.actors), args.json)
+    return _finish(run_demo(config, args.actors, record=args.record), args.json)
 
 
 def learner(args: argparse.Namespace) -> int:
@@ -119,6 +119,68 @@ def status(args: argparse.Namespace) -> int:
     found = read_status(find_run(_url(args, ""), args.run))
     print(msgspec.json.encode(found).decode() if args.json else render(found))
     return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Proves the invariants of a run from one snapshot; 1 if any does not hold."""
+    import msgspec
+
+    from launch.status import find_run
+    from launch.verify import render, verify
+
+    found = verify(find_run(_url(args, ""), args.run))
+    print(msgspec.json.encode(found).decode() if args.json else render(found))
+    return 0 if found.holds else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Dead letters: lists them, saves their payloads, or puts one's prompt back."""
+    import msgspec
+
+    from launch.inspect import dead_letters, render, requeue, save_payloads
+    from launch.status import find_run
+
+    if not (args.dead or args.requeue):
+        raise LaunchError("nothing to inspect: give --dead, or --requeue ENTRY")
+    stream = find_run(_url(args, ""), args.run)
+    if args.requeue:
+        print(f"the prompt at position {requeue(stream, args.requeue)} waits in the queue again")
+        return 0
+    letters = dead_letters(stream)
+    for path in save_payloads(letters, args.out) if args.out else []:
+        print(path, file=sys.stderr)
+    print(msgspec.json.encode([letter for letter, _ in letters]).decode() if args.json else render(letters))
+    return 0
+
+
+def record(args: argparse.Namespace) -> int:
+    """Keeps all that a run consumes, waiting for it if need be, until it ends."""
+    from buffer.client import Stream
+    from buffer.connect import connect
+    from launch.local import Interrupt, await_run
+    from launch.record import record_run
+
+    url, interrupt = _url(args, ""), Interrupt()
+    name = await_run(url, args.run, interrupt)
+    if name is None:
+        return 0
+    steps = record_run(Stream(connect(url), name), args.out, args.weights, interrupt)
+    print(f"{steps} steps of run {name} in {args.out}; `launch replay {args.out}` trains them again")
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Trains a record again in a process of its own, as the learner did."""
+    import subprocess
+
+    from launch.local import process_environment
+
+    argv = [sys.executable, "-W", "ignore", "-m", "learner.replay", str(args.folder)]
+    argv += [f"--steps={args.steps}"] if args.steps is not None else []
+    argv += [f"--weights={args.weights}"] if args.weights else []
+    argv += ["--json"] if args.json else []
+    environment = {**os.environ, **process_environment("")}
+    return subprocess.run(argv, env=environment, check=False).returncode
 
 
 def stop(args: argparse.Namespace) -> int:

@@ -17,12 +17,10 @@ local function feed(run, args)
     end
     for i = 1, fed do
       local at = position + i - 1
-      if call('SISMEMBER', C.key.skip, at) == 1 then
-        write(C, 'SREM', C.key.skip, at)
-      else
-        write(C, 'HSET', C.key.prompt, at, args[i + 3])
-        C.tail[#C.tail + 1] = at .. ' 0 ' .. S.attempts_max
-      end
+      local attempt = tonumber(call('HGET', C.key.skip, at) or 0)
+      write(C, 'HDEL', C.key.skip, at)
+      write(C, 'HSET', C.key.prompt, at, args[i + 3])
+      if attempt >= 0 then C.tail[#C.tail + 1] = at .. ' ' .. attempt .. ' ' .. (attempt + S.attempts_max) end
     end
     set(C, 'tail', position + fed)
     if final == 1 then set(C, 'data_end', position + fed) end

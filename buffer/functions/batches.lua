@@ -224,7 +224,7 @@ local function assign(run, args)
     if out(C, math.huge) >= (S.eta + 1) * S.cap then stalled() end
     return answer('wait', memory_full(C) and 'memory' or 'few')
   end
-  if S.uncovered_max > 0 and step - S.checkpoint >= S.uncovered_max then return answer('wait', 'uncovered') end
+  if S.uncovered_max > 0 and step - math.max(S.checkpoint, S.wanted + 1) >= S.uncovered_max then return answer('wait', 'uncovered') end
   local taken = {}
   for i, group in ipairs(call('ZRANGE', C.key.ready, 0, S.batch - 1)) do taken[i] = group_row(C, group) end
   if not safe(C, taken) then abandon(C, taken) end

@@ -8,7 +8,7 @@
 -- runs                  set     names of the runs on this server; written by the learner
 -- {run}:state           hash    settings (batch eta max_steps group_size lease_ms attempts_max policy cap lease_max_ms
 --                               uncovered_max bytes_limit dynamic schema shards) and state: nonce lineage head version
---                               tail data_end clock last ended lease_number, checkpoint wanted covered (steps that no
+--                               tail data_end clock last ended lease_number, checkpoint, wanted covered (steps that no
 --                               restore asks for: asked, done), bytes_held bytes_peak (payloads), published p99_ms
 --                               step_ms fleet_ms live unsafe_since unsafe_ms assigned_at (pace), probes, dead_bytes,
 --                               journal (writes of a call that broke off, finished by the next one)
@@ -25,7 +25,7 @@
 -- {run}:manifests       hash    step -> {rows: [[group, entry, version_min, bytes]...], strikes: {group: reason}} (JSON)
 -- {run}:prompts         list    "position attempt limit" of each queued prompt; leases pop the head
 -- {run}:prompt          hash    position -> prompt record, from feed until its group is covered or retired
--- {run}:skip            set     positions trained before Redis came back older; feeding them again skips them
+-- {run}:skip            hash    position assigned before Redis came back older -> the attempt that feeding it queues, -1: none
 -- {run}:versions        hash    version -> digest of every committed version of this lineage
 -- {run}:forks           list    {lineage at head version reason} of every fork (JSON)
 -- {run}:staleness       hash    staleness in steps -> trained groups
@@ -42,6 +42,7 @@
 -- {run}:dead            stream  dead letters: group position attempt reason prompt payload
 -- {run}:progress        hash    the learner's figures of the newest step, for readers; written by the learner alone
 -- {run}:config, files   string, hash  configuration and model files for actors; written by the learner alone
+-- {run}:environment     string  what the learner runs on (JSON); written by it alone
 -- {run}:mail:<actor>, scores:<actor>  list  requests of the learner to an actor, and its answers (JSON)
 -- {run}:actor_numbers   string  actor names given out; written by `launch actors`
 -- {run}:stop            string  set by `launch stop`: no more leases, the learner ends after its step

@@ -135,10 +135,20 @@ local function heartbeat_recorder(C, name, epoch, step)
   return cmsgpack.pack({ C.S.head, C.S.version, C.S.covered, C.S.ended })
 end
 
+-- heartbeat learner <epoch>: time passes and leases expire also while it trains or waits. Answers {head, version,
+-- covered, ended}.
+local function heartbeat_learner(C, epoch)
+  check_epoch(C, 'learner', epoch)
+  tick(C)
+  finish(C)
+  return cmsgpack.pack({ C.S.head, C.S.version, C.S.covered, C.S.ended })
+end
+
 -- heartbeat actor <name> <epoch> <state> <stats JSON> <token>...: renews the leases it lists and no others.
 -- Answers {head, version, over, ended, {tokens that are no longer leases}}.
 local function heartbeat(run, args)
   local C, name = begin(run), text(args[2], 'name')
+  if args[1] == 'learner' then return heartbeat_learner(C, args[2]) end
   if args[1] == 'recorder' then return heartbeat_recorder(C, name, args[3], integer(args[4], 'step')) end
   local S = C.S
   check_epoch(C, 'actor:' .. name, args[3])

@@ -57,8 +57,9 @@ local function restore_manifest(C, known, done, step, manifest)
     write(C, 'HSET', C.key.groups, row[1], cjson.encode({
       entry = row[2], token = '', position = position, attempt = attempt, limit = attempt + C.S.attempts_max,
       deadline = step, version_min = row[3], bytes = row[4], strikes = 0 }))
-    done[position] = true
-    if position >= C.S.tail then write(C, 'SADD', C.key.skip, position) end
+    local struck = manifest.strikes[row[1]]
+    done[position] = { group = row[1], position = position, attempt = attempt, limit = attempt + C.S.attempts_max,
+      reason = struck }
   end
 end
 
@@ -70,11 +71,29 @@ local function restore_strikes(C, step, manifest)
     if reason and not struck[row[1]] then
       count(C, 'assigned', -1)
       count(C, 'dropped:' .. reason, 1)
-      set(C, 'bytes_held', C.S.bytes_held - row[4])
       write(C, 'HDEL', C.key.groups, row[1])
+      delete_payload(C, { entry = row[2], bytes = row[4] })
     end
   end
   write(C, 'HSET', C.key.manifests, step, cjson.encode(manifest))
+end
+
+-- The prompts of groups assigned since: gone from the queue, fed or still to be fed, but for those of struck groups.
+local function settle_prompts(C, done)
+  for _, row in ipairs(call('LRANGE', C.key.prompts, 0, -1)) do
+    if done[tonumber(row:match('^%d+'))] then write(C, 'LREM', C.key.prompts, 1, row) end
+  end
+  local positions = {}
+  for position in pairs(done) do positions[#positions + 1] = position end
+  table.sort(positions, function(a, b) return a > b end)
+  for _, position in ipairs(positions) do
+    local row = done[position]
+    if position >= C.S.tail then
+      write(C, 'HSET', C.key.skip, position, row.reason and row.attempt + 1 or -1)
+    elseif row.reason then
+      give_back(C, row, row.reason, '')
+    end
+  end
 end
 
 -- Outstanding groups that the steps left can no longer take are lost, leased ones first; leases that are left are
@@ -147,9 +166,7 @@ local function reconcile(run, args)
     end
   end
   for at = S.version + 1, version do write(C, 'HSET', C.key.versions, at, known.versions[tostring(at)]) end
-  for _, row in ipairs(older and call('LRANGE', C.key.prompts, 0, -1) or {}) do
-    if done[tonumber(row:match('^%d+'))] then write(C, 'LREM', C.key.prompts, 1, row) end
-  end
+  settle_prompts(C, done)
   set(C, 'head', math.max(S.head, head))
   set(C, 'version', math.max(S.version, version))
   set(C, 'checkpoint', math.max(S.checkpoint, checkpoint))

@@ -101,7 +101,8 @@ local function undo_steps(C, from)
   for step = S.head - 1, from, -1 do
     local packed = call('HGET', C.key.manifests, step)
     local manifest = packed and cjson.decode(packed) or { rows = {}, strikes = {} }
-    for _, one in ipairs(manifest.rows) do
+    for i = #manifest.rows, 1, -1 do
+      local one = manifest.rows[i]
       if not manifest.strikes[one[1]] then
         count(C, step < S.version and 'trained' or 'assigned', -1)
         count(C, 'dropped:lineage', 1)

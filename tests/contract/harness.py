@@ -62,6 +62,11 @@ def make_group(
     return Group(lineage, position, attempt, position, actor, 1, 1.0, table, 1.0, 2.0, samples)
 
 
+def encoded_prompts(position: int, count: int) -> tuple[bytes, ...]:
+    """Records of the prompts from a position on; prompt p has the one token p."""
+    return tuple(encode_prompt(Prompt(p, [p], f"answer {p}")) for p in range(position, position + count))
+
+
 class Run:
     """A run on a real server with its epochs. Each method is one call, unless it says otherwise."""
 
@@ -98,8 +103,8 @@ class Run:
 
     def feed(self, position: int, count: int, *, final: bool = False) -> Fed:
         """Feeds `count` prompts at a position; prompt p has the one token p."""
-        prompts = (encode_prompt(Prompt(p, [p], f"answer {p}")) for p in range(position, position + count))
-        return self.stream.call(Feed(self.epochs["learner"], position, tuple(prompts), final))
+        prompts = encoded_prompts(position, count)
+        return self.stream.call(Feed(self.epochs["learner"], position, prompts, final))
 
     def next_admit(self, actor: str) -> Admit:
         """The actor's next admit call, not yet made."""
@@ -169,6 +174,10 @@ class Run:
     def leave(self, actor: str) -> int:
         """The actor leaves; how many leases it handed back."""
         return self.stream.call(Leave("actor", actor, self.epochs[actor])).released
+
+    def leave_learner(self, reason: str) -> int:
+        """The learner ends the run; how many leases were released."""
+        return self.stream.call(Leave("learner", reason, self.epochs["learner"])).released
 
     def snapshot(self) -> Ledger:
         """The control state."""

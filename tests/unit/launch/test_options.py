@@ -12,7 +12,7 @@ from launch.cli import build_parser, main
 
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
-    "demo": [*RUN, "--data", "--name", "--seed", "--actors"],
+    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--record"],
     "learner": [*RUN, "--redis"],
     "actors": ["--count", "--run", "--redis"],
     "redis": ["--port", "--folder"],
@@ -21,6 +21,10 @@ OPTIONS = {
     "model": ["--out", "--seed"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
+    "verify": ["--run", "--redis", "--json"],
+    "inspect": ["--run", "--redis", "--json", "--dead", "--out", "--requeue"],
+    "record": ["--run", "--redis", "--out", "--weights"],
+    "replay": ["--steps", "--weights", "--json"],
 }
 
 
