@@ -59,10 +59,10 @@ local function slow(C, work, deadline)
   for _, born in pairs(work.held) do
     if S.clock - born > S.fleet_ms then times[#times + 1] = S.clock - born end
   end
-  if S.live < 2 or S.fleet_ms == 0 or #times == 0 then return false end
+  if #times == 0 then return false end
   table.sort(times)
-  return times[math.ceil(0.9 * #times)] > (deadline - S.head + 1) * S.step_ms
-    and math.log(usual(times) / S.fleet_ms) > 0.7 + 1.7 / math.sqrt(#times)
+  return S.live > 1 and S.step_ms > 0 and times[math.ceil(0.9 * #times)] > (deadline - S.head + 1) * S.step_ms
+    and math.log(usual(times) / math.max(1, S.fleet_ms)) > 0.7 + 1.7 / math.sqrt(#times)
 end
 
 -- Whether the payload of one more group, beside those stored and those leased, would pass the limit.

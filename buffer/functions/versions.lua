@@ -16,7 +16,7 @@ local function note_fleet(C)
   end
   table.sort(paces)
   set(C, 'live', live)
-  set(C, 'fleet_ms', math.floor(paces[math.ceil(#paces / 2)] or 0))
+  set(C, 'fleet_ms', math.floor((paces[math.ceil(#paces / 2)] or 0) + 0.5))
 end
 
 local function note_trained(C, manifest, step)
