@@ -26,11 +26,11 @@ from buffer.keys import RUNS
 
 FUNCTION_READS = (
     "exists", "hget", "hgetall", "hkeys", "hlen", "hrandfield", "hvals", "lindex", "llen", "lrange",
-    "sismember", "time", "xlen", "xrange", "xrevrange", "zcard", "zrange", "zrangebyscore", "zscore",
+    "time", "xlen", "xrange", "xrevrange", "zcard", "zrange", "zrangebyscore", "zscore",
 )  # fmt: skip
 """Commands by which functions read."""
 FUNCTION_WRITES = (
-    "del", "hdel", "hincrby", "hset", "lpop", "lpush", "lrem", "ltrim", "rpush", "sadd", "set", "srem",
+    "del", "hdel", "hincrby", "hset", "lpop", "lpush", "lrem", "ltrim", "rpush", "set",
     "xadd", "xdel", "zadd", "zrem",
 )  # fmt: skip
 """Commands by which functions write. A role that writes has all of both, and all keys that functions write: a
@@ -72,7 +72,7 @@ ROLES = (
         purpose="trains a run and owns it: creates it, feeds, assigns, commits, forks, sweeps",
         calls=("join", "heartbeat", "feed", "assign", "strike", "commit", "reconcile", "fork", "leave"),
         looks=("snapshot", "aged"),
-        commands=(*FUNCTION_READS, *FUNCTION_WRITES, "blpop", "expire", "function|load"),
+        commands=(*FUNCTION_READS, *FUNCTION_WRITES, "sadd", "blpop", "expire", "function|load"),
         writes=(
             *FUNCTION_KEYS,
             SHARDS,
