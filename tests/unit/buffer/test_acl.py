@@ -29,6 +29,14 @@ def test_the_functions_of_roles_are_those_of_the_library() -> None:
     assert {name for role in ROLES for name in (*role.calls, *role.looks)} == registered
 
 
+def test_every_key_can_be_written_by_its_owner() -> None:
+    writes = {role.name: {name.partition(":")[0] for name in role.writes} for role in ROLES}
+    roles = {"functions": "learner", "learner": "learner", "actors": "actor", "launch actors": "actor"}
+    for row in KEYS:
+        owner = roles.get(row.owner, "operator")
+        assert row.name in writes[owner], f"{row.name}: give it to {owner} in buffer/acl.py"
+
+
 def test_a_role_that_writes_can_finish_what_another_began() -> None:
     writers = [role for role in ROLES if role.calls]
     assert [role.name for role in writers] == ["learner", "actor", "operator"]
