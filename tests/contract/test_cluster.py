@@ -20,11 +20,12 @@ from buffer.admission import Lease
 from buffer.client import AsyncStream, Stream
 from buffer.connect import connect, connect_async
 from buffer.errors import NoRun, RedisUnavailable, RightMissing, StreamError
-from buffer.keys import shard_key, shard_of
+from buffer.keys import RUNS, shard_key, shard_of
 from buffer.ledger import Snapshot, violations
 from buffer.members import Heartbeat
 from buffer.session import Session
 from buffer.stream import read_frames, sweep
+from launch.doctor import examine
 from tests.contract.cluster import NODE_TIMEOUT_MS, NODES, Cluster
 from tests.contract.harness import Run, digest
 from tests.contract.roles import whole_run
@@ -76,6 +77,16 @@ def payloads(cluster: Cluster, run: Run) -> list[int]:
 def test_every_client_recognises_a_cluster(cluster: Cluster) -> None:
     assert isinstance(connect(cluster.url), redis.RedisCluster)
     assert isinstance(connect_async(cluster.url), redis.asyncio.RedisCluster)
+
+
+def test_the_doctor_looks_at_every_primary(cluster: Cluster, run: Run) -> None:
+    run.stream.redis.sadd(RUNS, run.stream.run)
+    with cluster.client(1) as client:
+        client.config_set("appendfsync", "everysec")
+        wrong = {finding.what for finding in examine(cluster.url) if finding.verdict == "wrong"}
+        client.config_set("appendfsync", "always")
+    assert wrong == {"default user", f"durability of 127.0.0.1:{cluster.nodes[1].port}"}
+    run.stream.redis.srem(RUNS, run.stream.run)
 
 
 def test_the_library_is_on_every_primary(cluster: Cluster, run: Run) -> None:
