@@ -64,6 +64,8 @@ class Actor:
         self.settings, self.log, self.faults = settings, log, faults
         self.stream = AsyncStream.connect(settings.url, settings.run, patience_s=settings.patience_s)
         self.epoch, self.nonce, self.version, self.digest = "", "", -1, ""
+        self.declared = False
+        """Whether Redis knows which version is served."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(settings.concurrency)
         self.requests = 0
@@ -115,7 +117,7 @@ class Actor:
                         f"run {self.settings.run}: this actor belongs to the run with nonce {self.nonce}, "
                         f"the server holds {joined.nonce}; it was swapped"
                     )
-                self.epoch, self.nonce, self.version = joined.epoch, joined.nonce, -1
+                self.epoch, self.nonce, self.declared = joined.epoch, joined.nonce, False
                 self.log("joined", epoch=self.epoch)
 
     async def _call(self, make: Callable[[], Call[Any]]) -> Any:
@@ -127,6 +129,8 @@ class Actor:
             except RedisFull as error:
                 await self._back_off(error)
             except Fenced as error:
+                if self.epoch != epoch:
+                    continue  # this actor has joined again while the call was on its way
                 if not error.came_back_older:
                     raise
                 self.log("fenced", reason=str(error))
@@ -186,7 +190,8 @@ class Actor:
         while not own.cancelling():  # which redis-py may have swallowed
             try:
                 newest = int(await self.stream.redis.get(step) or -1)
-                of = await self.stream.redis.hget(versions, str(newest)) if newest > self.version else None
+                due = newest > self.version or (newest == self.version and not self.declared)
+                of = await self.stream.redis.hget(versions, str(newest)) if due else None
             except LOST:
                 self.stream.lost += 1
                 of = None
@@ -202,14 +207,14 @@ class Actor:
                 raise
             self.log("not applied", reason=str(error))  # the server came back older in between: look again
         else:
-            self.version, self.digest = serving.version, serving.digest
+            self.version, self.digest, self.declared = serving.version, serving.digest, True
 
     async def _lease(self) -> None:
         """Keeps `concurrency` groups in flight."""
         while True:
             await self.slots.acquire()
             await self.online.wait()
-            if self.version < 0:
+            if not self.declared:
                 await asyncio.sleep(0.02)
                 self.slots.release()
                 continue
@@ -224,9 +229,7 @@ class Actor:
             else:
                 self._say(f"waiting: {lease.reason}")
                 if lease.reason in ("old-weights", "no-weights"):
-                    self.version = (
-                        -1
-                    )  # a server that came back older has forgotten what was applied: say it again
+                    self.declared = False  # a server that came back older has forgotten
                 self.slots.release()
                 await self.stream.take(self.stream.key("places"), 0.3)
 

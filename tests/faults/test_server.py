@@ -46,7 +46,7 @@ def test_rows_7_and_8_redis_is_killed(own_server: Servers, trial: Trials, fsync:
         assert ledger.counts.dropped.get("lost", 0) == 0
 
 
-@pytest.mark.parametrize("point", ["assigned", "struck", "committed", "ckpt-renamed", "ckpt-committed"])
+@pytest.mark.parametrize("point", ["assigned", "struck", "committed", "ckpt-committed"])
 def test_row_8_redis_comes_back_older(own_server: Servers, trial: Trials, point: str, tmp_path: Path) -> None:
     """At each point of a step: reconciled once, the loss counted, the steps since then stand."""
     server = own_server()
@@ -69,6 +69,30 @@ def test_row_8_redis_comes_back_older(own_server: Servers, trial: Trials, point:
     assert trained_groups(run) == ledger.counts.trained
     for actor in run.actors:
         assert len(actor.events("joined")) <= 2  # the older server may not have known its epoch
+
+
+def test_row_8_a_lease_of_before_is_counted_as_lost(
+    own_server: Servers, trial: Trials, tmp_path: Path
+) -> None:
+    """A lease that only the older file knows, and nobody renews, is `lost`; its prompt is leased again."""
+    server = own_server()
+    run = trial(server, eta=2, batch=3, lease_s=2.5)
+    learner = run.learner(fault="learner:committed:6:stop")
+    holder = run.actor(group_s=60.0, concurrency=1)
+    holder.wait_event("leased")
+    server.copy(tmp_path / "older")
+    [held] = [lease for lease in run.ledger().leased if lease.actor == "actor-0"]
+    holder.kill()
+    run.actor()
+    learner.wait_stopped()
+    server.restore(tmp_path / "older")
+    learner.go_on()
+    run.wait_more(4, seconds=BACK_S)
+    ledger = run.finish()
+    assert ledger.counts.rollbacks == 1
+    assert ledger.counts.dropped.get("lost", 0) >= 1, ledger.counts
+    groups = {group for one in run.trained() for group in one["groups"]}
+    assert held.group not in groups
 
 
 def trained_groups(run: Trial) -> int:
