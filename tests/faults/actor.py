@@ -200,6 +200,7 @@ class Actor:
             await asyncio.sleep(0.03)
 
     async def _serve(self, version: int, of: str) -> None:
+        self.version, self.digest = version, of  # first the engine, then the word
         try:
             serving = await self._call(lambda: Applied(self.settings.name, self.epoch, version, of))
         except StreamError as error:
