@@ -22,6 +22,7 @@ import msgspec
 
 from buffer.batches import Assign, Assigned, Manifest, Strike, Struck
 from buffer.client import Call, Stream
+from buffer.connect import primaries
 from buffer.errors import Behind, Fenced, ForeignRun, NoRun
 from buffer.ledger import Snapshot
 from buffer.members import Joined, JoinLearner, LearnerBeat, Leave, Rules, Standing
@@ -190,10 +191,9 @@ class Session:
 
 
 def _server_id(stream: Stream) -> str:
-    """Random name of the server process (on a cluster, of all its primaries)."""
-    info = stream.patiently(lambda: stream.redis.info("server"))
-    nodes = [info] if "run_id" in info else info.values()
-    return " ".join(sorted(str(node["run_id"]) for node in nodes))
+    """Random name of the server process; on a cluster, of all its primaries."""
+    found = stream.patiently(lambda: [node.info("server")["run_id"] for node in primaries(stream.redis)])
+    return " ".join(sorted(map(str, found)))
 
 
 def _merged(stream: Stream, joined: Joined, known: Known | None) -> Known:

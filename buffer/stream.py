@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
@@ -72,14 +73,14 @@ class Frame(msgspec.Struct, frozen=True):
 def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
     """Each row's payload, in order, read by entry id in one round trip (a node), and decoded."""
 
-    def attempt() -> list[Any]:
+    def fetch() -> list[Any]:
         with stream.redis.pipeline(transaction=False) as pipe:
             for row in rows:
                 name, identity = stream.locate(row.entry)
                 pipe.execute_command("XRANGE", name, identity, identity)
             return pipe.execute()
 
-    found = stream.patiently(attempt)
+    found = stream.patiently(fetch)
     return [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
 
 
@@ -104,27 +105,28 @@ def sweep(stream: Stream) -> int:
 
     Returns how many. Meant for the learner, now and then; a second sweep at the same time does no harm.
     """
-    key = stream.key("trash")
-    trash: Any = stream.patiently(lambda: stream.redis.lrange(key, 0, 999))
+    redis, trash_key = stream.redis, stream.key("trash")
+    trash = stream.patiently(lambda: redis.lrange(trash_key, 0, 999))
     for entry in trash:
-        _delete(stream, *stream.locate(entry.decode()))
-        stream.patiently(lambda: stream.redis.lrem(key, 1, entry))  # noqa: B023 - made in this turn
+        name, identity = stream.locate(entry.decode())
+        stream.patiently(partial(redis.xdel, name, identity))
+    if trash:
+        # Should a lost reply make this trim twice, what it trims in vain is swept as an orphan.
+        stream.patiently(lambda: redis.ltrim(trash_key, len(trash), -1))
     return len(trash) + sum(_sweep_orphans(stream, shard) for shard in range(max(1, stream.shards)))
 
 
 def _sweep_orphans(stream: Stream, shard: int) -> int:
     name = shard_key(stream.run, shard) if stream.shards else stream.key("stream")
     # The groups are read after the entries: one that is published in between is in both.
-    call = ("FCALL_RO", f"{LIBRARY}_aged", 1, name, int(ORPHAN_S * 1000))
-    aged = stream.patiently(lambda: stream.redis.execute_command(*call))
-    groups: Any = stream.patiently(lambda: stream.redis.hvals(stream.key("groups")))
+    aged_ms = int(ORPHAN_S * 1000)
+    aged = stream.patiently(
+        lambda: stream.redis.execute_command("FCALL_RO", f"{LIBRARY}_aged", 1, name, aged_ms)
+    )
+    groups = stream.patiently(lambda: stream.redis.hvals(stream.key("groups")))
     prefix = f"{shard}/" if stream.shards else ""
     known = {msgspec.json.decode(row)["entry"] for row in groups}
     orphans = [entry for entry in aged if prefix + entry.decode() not in known]
     if orphans:
-        _delete(stream, name, *orphans)
+        stream.patiently(lambda: stream.redis.xdel(name, *orphans))
     return len(orphans)
-
-
-def _delete(stream: Stream, name: str, *identities: str | bytes) -> None:
-    stream.patiently(lambda: stream.redis.xdel(name, *identities))

@@ -3,13 +3,22 @@
 local TIMES = 512 -- group times kept for the run's p99
 local OWN_TIMES = 20 -- and for each actor's p90
 
--- Notes how long a group took, on the run's clock. A probe that comes in fast clears its actor's name.
-local function note_time(C, lease)
-  local S, ms, work = C.S, C.S.clock - lease.born, work_of(C, lease.actor)
-  if lease.probe and ms <= math.max(2 * S.fleet_ms, S.step_ms) then work.times = {} end
+-- How long a group took its actor, or had taken when it was abandoned.
+local function remember(C, actor, ms)
+  local work = work_of(C, actor)
   table.insert(work.times, 1, ms)
   work.times[OWN_TIMES + 1] = nil
-  save_work(C, lease.actor)
+  save_work(C, actor)
+end
+
+-- Notes how long a group took, on the run's clock. A probe that comes in fast halves what stands against its actor:
+-- a few of them clear its name, one by chance does not.
+local function note_time(C, lease)
+  local S, ms, work = C.S, C.S.clock - lease.born, work_of(C, lease.actor)
+  if lease.probe and ms <= 2 * S.fleet_ms then
+    for i = #work.times, math.floor(#work.times / 2) + 1, -1 do work.times[i] = nil end
+  end
+  remember(C, lease.actor, ms)
   write(C, 'LPUSH', C.key.times, ms)
   write(C, 'LTRIM', C.key.times, 0, TIMES - 1)
   set(C, 'published', S.published + 1)
@@ -100,14 +109,15 @@ local function safe(C, taken)
   return true
 end
 
--- Abandons the fewest leased groups, earliest deadline first, that make the batch safe: under `wait` only a slow
--- actor's probes, under `drop` any. Called only when the batch is not safe as it is.
+-- Abandons the fewest leased groups, earliest deadline first, that make the batch safe: under `wait` only those of
+-- slow actors, under `drop` any. Called only when the batch is not safe as it is.
 local function abandon(C, taken)
-  local S, held = C.S, {}
-  if S.policy == 'wait' and S.probes == 0 then return end
+  local S, held, late = C.S, {}, {}
   for token, packed in pairs(map_of(call('HGETALL', C.key.leased))) do
     local lease = not C.closed[token] and cjson.decode(packed)
-    if lease and (S.policy == 'drop' or lease.probe) then held[#held + 1] = { token = token, lease = lease } end
+    local actor = lease and lease.actor
+    if actor and late[actor] == nil then late[actor] = slow(C, work_of(C, actor), S.head + S.eta) end
+    if lease and (S.policy == 'drop' or lease.probe or late[actor]) then held[#held + 1] = { token = token, lease = lease } end
   end
   -- Of equal deadlines the youngest lease goes first: it has the least work in it.
   table.sort(held, function(a, b)
@@ -130,7 +140,11 @@ local function abandon(C, taken)
     if need > 0 and S.cap == S.batch then return end -- nothing is given up in vain
   end
   for i, one in ipairs(held) do
-    if chosen[i] then close_lease(C, one.token, one.lease, one.lease.probe and 'slow' or 'stale') end
+    local reason = (one.lease.probe or late[one.lease.actor]) and 'slow' or 'stale'
+    if chosen[i] then
+      remember(C, one.lease.actor, S.clock - one.lease.born)
+      close_lease(C, one.token, one.lease, reason)
+    end
   end
 end
 
@@ -152,7 +166,7 @@ local function exhausted(C)
   return C.S.data_end >= 0 and queued_prompts(C) == 0 and call('ZCARD', C.key.leases) == 0
 end
 
--- The pace of steps: time between two batches, but for waiting for earlier deadlines; a moving average.
+-- The pace of steps: time between two batches, but for waiting for groups under way; a moving average.
 local function note_step(C)
   local S = C.S
   local unsafe = S.unsafe_ms + (S.unsafe_since > 0 and S.clock - S.unsafe_since or 0)
@@ -202,14 +216,21 @@ local function assign(run, args)
   end
   local short = ready < S.batch and exhausted(C)
   if over(C) or (short and ready == 0) then return answer('end', '') end
-  if ready < S.batch and not short then return answer('wait', memory_full(C) and 'memory' or 'few') end
+  local function stalled()
+    if S.unsafe_since == 0 then set(C, 'unsafe_since', math.max(1, S.clock)) end
+  end
+  if ready < S.batch and not short then
+    -- With every place taken it is not for want of actors that few are ready.
+    if out(C, math.huge) >= (S.eta + 1) * S.cap then stalled() end
+    return answer('wait', memory_full(C) and 'memory' or 'few')
+  end
   if S.uncovered_max > 0 and step - math.max(S.checkpoint, S.wanted + 1) >= S.uncovered_max then return answer('wait', 'uncovered') end
   local taken = {}
   for i, group in ipairs(call('ZRANGE', C.key.ready, 0, S.batch - 1)) do taken[i] = group_row(C, group) end
   if not safe(C, taken) then abandon(C, taken) end
   if S.cap > S.batch then drop_surplus(C, taken) end
   if not safe(C, taken) then
-    if S.unsafe_since == 0 then set(C, 'unsafe_since', math.max(1, S.clock)) end
+    stalled()
     return answer('wait', 'unsafe')
   end
   ready = ready - #taken

@@ -24,6 +24,13 @@ local function text(value, name)
   return value
 end
 
+-- The geometric mean of times: what is usual where some take much longer.
+local function usual(times)
+  local sum = 0
+  for _, ms in ipairs(times) do sum = sum + math.log(math.max(1, ms)) end
+  return math.exp(sum / #times)
+end
+
 local function map_of(flat)
   local map = {}
   for i = 1, #flat, 2 do map[flat[i]] = flat[i + 1] end

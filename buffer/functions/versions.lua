@@ -2,7 +2,7 @@
 
 local FLEET = 64 -- actors looked at for the usual pace
 
--- The median p90 of live actors and how many are live: what makes an actor slow.
+-- The median of the live actors' usual group times, and how many are live: what makes an actor slow.
 local function note_fleet(C)
   local S, paces, live = C.S, {}, 0
   local flat = call('HRANDFIELD', C.key.actors, FLEET, 'WITHVALUES')
@@ -11,16 +11,12 @@ local function note_fleet(C)
     if S.clock - actor.beat <= S.lease_ms and actor.version >= 0 then
       live = live + 1
       local work = work_of(C, flat[i])
-      if #work.times > 0 then
-        local times = { unpack(work.times) }
-        table.sort(times)
-        paces[#paces + 1] = times[math.ceil(0.9 * #times)]
-      end
+      if #work.times > 0 then paces[#paces + 1] = usual(work.times) end
     end
   end
   table.sort(paces)
   set(C, 'live', live)
-  set(C, 'fleet_ms', paces[math.ceil(#paces / 2)] or 0)
+  set(C, 'fleet_ms', math.floor((paces[math.ceil(#paces / 2)] or 0) + 0.5))
 end
 
 local function note_trained(C, manifest, step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from math import ceil, exp, floor, inf, log, sqrt
 
 from buffer.schema import group_id
 
@@ -70,6 +70,14 @@ class Work:
 def p90(times: list[int]) -> int:
     """The 90th percentile by nearest rank."""
     return sorted(times)[ceil(0.9 * len(times)) - 1] if times else 0
+
+
+def usual(times: list[int]) -> float:
+    """The geometric mean."""
+    total = 0.0
+    for ms in times:
+        total += log(max(1, ms))
+    return exp(total / len(times))
 
 
 @dataclass
@@ -167,11 +175,14 @@ class Model:
 
     def slow(self, actor: str, deadline: int) -> bool:
         """Whether the actor's groups would come too late while others' do not."""
-        work = self.work[actor]
+        work = self.work.get(actor, Work())
         ages = [self.clock - born for born in work.held.values()]
-        pace = p90(work.times + [age for age in ages if age > self.fleet_ms])
-        late = pace > (deadline - self.head + 1) * self.step_ms and pace > 2 * self.fleet_ms
-        return self.live > 1 and self.step_ms > 0 and late
+        times = sorted(work.times + [age for age in ages if age > self.fleet_ms])
+        if not times or self.live < 2 or self.step_ms == 0:
+            return False
+        beyond = log(usual(times) / max(1, self.fleet_ms))
+        late = p90(times) > (deadline - self.head + 1) * self.step_ms
+        return late and beyond > 0.7 + 1.7 / sqrt(len(times))
 
     def refusal(self, actor: str) -> tuple[str | None, bool]:
         """Why an actor gets no lease, or None and whether it gets a probe."""
@@ -184,7 +195,7 @@ class Model:
         if deadline < self.head:
             return "old-weights", False
         probe = self.slow(actor, deadline)
-        if probe and self.clock - self.work[actor].probe < PROBE_MS:
+        if probe and (deadline == self.head or self.clock - self.work[actor].probe < PROBE_MS):
             return "slow", False
         for due in range(deadline, self.head + self.eta + 1):
             if self.out(due) + 1 > (due - self.head + 1) * self.cap:
@@ -244,8 +255,8 @@ class Model:
         """A lease ends with a group."""
         lease = self._forget(token)
         ms, work = self.clock - lease.born, self.work[lease.actor]
-        if lease.probe and ms <= max(2 * self.fleet_ms, self.step_ms):
-            work.times = []
+        if lease.probe and ms <= 2 * self.fleet_ms:
+            work.times = work.times[: len(work.times) // 2]
         work.times = [ms, *work.times][:20]
         self.times.insert(0, ms)
         if len(self.times) <= 16 or len(self.times) % 16 == 0:
@@ -265,7 +276,12 @@ class Model:
 
     def _abandon(self, chosen: list[str]) -> None:
         """Tries every number of leases, earliest deadline and youngest first, from the fewest."""
-        open_to = [lease for lease in self.leases.values() if self.policy == "drop" or lease.probe]
+        late = {actor: self.slow(actor, self.head + self.eta) for actor in self.work}
+        open_to = [
+            lease
+            for lease in self.leases.values()
+            if self.policy == "drop" or lease.probe or late.get(lease.actor)
+        ]
         horizon = self.head if self.cap > self.batch else self.head + self.eta
         gone: list[HeldLease] = []
         for due in range(self.head, horizon + 1):
@@ -276,7 +292,9 @@ class Model:
             if need > len(left) and self.cap == self.batch:
                 return
         for lease in sorted(gone, key=lambda lease: (lease.deadline, -lease.number)):
-            self.close(lease.token, "slow" if lease.probe else "stale")
+            work = self.work[lease.actor]
+            work.times = [self.clock - lease.born, *work.times][:20]
+            self.close(lease.token, "slow" if lease.probe or late.get(lease.actor) else "stale")
 
     def choose(self) -> tuple[str, dict[str, Row]]:
         """(`batch`, its groups), or why the learner waits or ends. Abandons what the policy abandons."""
@@ -286,6 +304,8 @@ class Model:
         if len(self.ready) < self.batch and not exhausted:
             peak = len(PAYLOAD) if self.times else 0
             expected = self.payloads() * len(PAYLOAD) + (len(self.leases) + 1) * peak
+            if self.out(inf) >= (self.eta + 1) * self.cap:
+                self.unsafe_since = self.unsafe_since or max(1, self.clock)
             return ("memory" if self.bytes_limit and expected > self.bytes_limit else "few"), {}
         if self.uncovered_max and self.head - max(self.checkpoint, self.wanted + 1) >= self.uncovered_max:
             return "uncovered", {}
@@ -347,8 +367,9 @@ class Model:
         living = [
             a for a, v in self.serving.items() if v >= 0 and self.clock - self.beats[a] <= self.lease_ms
         ]
-        paces = sorted(p90(self.work[actor].times) for actor in living if self.work[actor].times)
-        self.live, self.fleet_ms = len(living), paces[ceil(len(paces) / 2) - 1] if paces else 0
+        paces = sorted(usual(self.work[actor].times) for actor in living if self.work[actor].times)
+        self.live = len(living)
+        self.fleet_ms = floor(paces[ceil(len(paces) / 2) - 1] + 0.5) if paces else 0
 
     def cover(self, covered: int) -> None:
         """No restore asks for steps up to this one any more."""

@@ -90,7 +90,7 @@ SCRIPTS = {
         f"feed 7, elapse 0, admit 1, {STEP.format(1)}, {STEP.format(1)}, elapse 1, admit 1, admit 1, "
         "admit 0, publish 2, assign",
     ),
-    "a slow actor's ordinary lease is waited for": (
+    "a slow actor's ordinary lease is abandoned, too": (
         {"batch": 1, "eta": 3, "max_steps": 50, "actors": 3},
         f"feed 7, elapse 0, admit 1, admit 2, {STEP.format(2)}, applied 2 0, {STEP.format(2)}, applied 2 0, "
         "elapse 1, elapse 2, admit 2, admit 0, publish 3, assign",

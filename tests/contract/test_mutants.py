@@ -46,7 +46,7 @@ MUTANTS = {
     "a repeated admission is a new one": ("if request == work.request then return work.reply end", ""),
     "an overtaken admission is granted": ("if request < work.request then", "if false then"),
     "a slow actor gets leases as any other": (
-        "if S.clock - work.probe < PROBE_MS then return 'slow' end",
+        "if deadline == S.head or S.clock - work.probe < PROBE_MS then return 'slow' end",
         "",
     ),
     "every actor is slow": (
@@ -65,7 +65,12 @@ MUTANTS = {
     ),
     "drop abandons nothing": ("if not safe(C, taken) then abandon(C, taken) end", ""),
     "drop abandons one too many": ("if need <= 0 or one.lease", "if need < 0 or one.lease"),
-    "wait abandons like drop": ("(S.policy == 'drop' or lease.probe)", "true"),
+    "wait abandons like drop": ("(S.policy == 'drop' or lease.probe or late[actor])", "true"),
+    "a slow actor's leases are waited for": ("or lease.probe or late[actor])", "or lease.probe)"),
+    "what was abandoned does not count": (
+        "      remember(C, one.lease.actor, S.clock - one.lease.born)\n",
+        "",
+    ),
     "surplus stays": ("if S.cap > S.batch then drop_surplus(C, taken) end", ""),
     "no checkpoint is ever due": ("if S.uncovered_max > 0 and step", "if false and step"),
     "a short batch before the data ends": ("return C.S.data_end >= 0 and", "return"),
