@@ -24,6 +24,7 @@ from buffer.client import AsyncStream, Call
 from buffer.codec import encode
 from buffer.connect import LOST
 from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
+from buffer.ledger import Snapshot
 from buffer.members import Applied, Heartbeat, JoinActor, Leave
 from buffer.schema import SCHEMA_VERSION, Group, Version
 from buffer.stream import Publish
@@ -113,12 +114,21 @@ class Actor:
                     await asyncio.sleep(0.1)
                     continue
                 if self.nonce not in ("", joined.nonce):
-                    raise ForeignRun(
-                        f"run {self.settings.run}: this actor belongs to the run with nonce {self.nonce}, "
-                        f"the server holds {joined.nonce}; it was swapped"
-                    )
+                    raise self._foreign(joined.nonce)
                 self.epoch, self.nonce, self.declared = joined.epoch, joined.nonce, False
                 self.log("joined", epoch=self.epoch)
+
+    async def _check_nonce(self) -> None:
+        """Raises `ForeignRun` if the server holds another run of this name."""
+        nonce = (await self.stream.call(Snapshot())).state["nonce"]
+        if nonce != self.nonce:
+            raise self._foreign(nonce)
+
+    def _foreign(self, nonce: str) -> ForeignRun:
+        return ForeignRun(
+            f"run {self.settings.run}: this actor belongs to the run with nonce {self.nonce}, the server "
+            f"holds {nonce}; it was swapped"
+        )
 
     async def _call(self, make: Callable[[], Call[Any]]) -> Any:
         """A call under the epoch of now; again after a full server, or one that came back older."""
@@ -131,6 +141,7 @@ class Actor:
             except Fenced as error:
                 if self.epoch != epoch:
                     continue  # this actor has joined again while the call was on its way
+                await self._check_nonce()
                 if not error.came_back_older:
                     raise
                 self.log("fenced", reason=str(error))

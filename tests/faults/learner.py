@@ -2,7 +2,7 @@
 
 It restores from its newest checkpoint whose digest is the committed one, replays the manifests since,
 trains on, and publishes no version at or below the newest committed one. Its points, in order:
-`joined restored assigned read struck trained committed ckpt-... ckpt-committed`.
+`joined restored feeding assigned read struck trained committed ckpt-... ckpt-committed`.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class Learner:
             return
         tail = self.session.tail
         prompts = (encode_prompt(prompt_of(position)) for position in range(tail, tail + 2 * batch))
+        self.faults.at("feeding")
         try:
             self.session.feed(tail, tuple(prompts))
         except Behind as error:

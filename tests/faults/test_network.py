@@ -28,3 +28,4 @@ def test_row_11_replies_are_lost(
     ledger = run.ledger()
     assert ledger.number("version") == steps
     assert ledger.counts.admitted == ledger.counts.trained == 3 * steps
+    assert ledger.counts.refused == {}  # a publish that is repeated is told what it was told before

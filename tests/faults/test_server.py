@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,29 +45,108 @@ def test_rows_7_and_8_redis_is_killed(own_server: Servers, trial: Trials, fsync:
         assert ledger.counts.dropped.get("lost", 0) == 0
 
 
-@pytest.mark.parametrize("point", ["assigned", "struck", "committed", "ckpt-committed"])
+def test_row_7_redis_is_away_at_a_read(own_server: Servers, trial: Trials) -> None:
+    """A step that was assigned is read and trained once Redis is back; nobody dies of it."""
+    server = own_server()
+    run = trial(server, eta=2, batch=3)
+    learner = run.learner(fault="learner:assigned:4:stop")
+    run.actor()
+    learner.wait_stopped()
+    server.kill()
+    learner.go_on()
+    time.sleep(0.5)
+    server.start()
+    run.wait_more(3, seconds=BACK_S)
+    run.finish()
+
+
+@pytest.mark.parametrize("point", ["assigned", "committed", "ckpt-committed"])
 def test_row_8_redis_comes_back_older(own_server: Servers, trial: Trials, point: str, tmp_path: Path) -> None:
     """At each point of a step: reconciled once, the loss counted, the steps since then stand."""
     server = own_server()
     run = trial(server, eta=2, batch=3)
-    poison = 3 if point == "struck" else -1
-    learner = run.learner(
-        fault=f"learner:{point}:{8 if poison < 0 else 16}:stop", checkpoint_every=1, step_s=0.03
-    )
-    run.actor(poison=poison)
-    run.actor()
+    learner = run.learner(fault=f"learner:{point}:16:stop", checkpoint_every=1, step_s=0.03)
+    run.actor(), run.actor()
     run.wait_steps(2)
     server.copy(tmp_path / "older")
     learner.wait_stopped()
-    assert learner.events("trained")[-1]["step"] > 2
+    assert learner.events("trained")[-1]["step"] > run.steps() - 3
     server.restore(tmp_path / "older")
+    assert run.ledger().number("version") < run.steps()
     learner.go_on()
-    run.wait_more(4, seconds=BACK_S)
+    run.wait_more(6, seconds=BACK_S)
     ledger = run.finish()
     assert ledger.counts.rollbacks == 1
     assert trained_groups(run) == ledger.counts.trained
     for actor in run.actors:
         assert len(actor.events("joined")) <= 2  # the older server may not have known its epoch
+
+
+def trained_groups(run: Trial) -> int:
+    """Groups of all steps that were trained, each step once."""
+    return sum(len(one["groups"]) for one in {one["step"]: one for one in run.trained()}.values())
+
+
+def test_row_8_only_a_strike_is_forgotten(own_server: Servers, trial: Trials, tmp_path: Path) -> None:
+    """The step is committed without the group that was struck, though the server thinks that it is in."""
+    server = own_server()
+    run = trial(server, eta=2, batch=3)
+    learner = run.learner(fault="learner:assigned:4:stop,learner:struck:1:stop")
+    run.actor()
+    learner.wait_stopped()
+    gone = run.ledger().manifests[3].rows[0]
+    run.stream.redis.xdel(run.stream.key("stream"), gone.entry)
+    server.copy(tmp_path / "older")
+    learner.go_on()
+    learner.wait_event("struck", group=gone.group)
+    learner.wait_stopped()
+    server.restore(tmp_path / "older")
+    run.forgot = True
+    learner.go_on()
+    run.wait_more(3, seconds=BACK_S)
+    ledger = run.finish()
+    assert ledger.counts.trained == trained_groups(run)
+    assert ledger.counts.dropped["lost"] >= 1
+
+
+def test_row_8_a_learner_and_redis_both_come_back_older(
+    own_server: Servers, trial: Trials, tmp_path: Path
+) -> None:
+    """The learner starts again from a checkpoint that is newer than the server, which is brought forward.
+
+    (Steps after that checkpoint would be gone: neither remembers them.)
+    """
+    server = own_server()
+    run = trial(server, eta=2, batch=3)
+    learner = run.learner(fault="learner:ckpt-committed:4")
+    run.actor()
+    run.wait_steps(2)
+    server.copy(tmp_path / "older")
+    learner.wait_killed()
+    server.restore(tmp_path / "older")
+    assert run.ledger().number("version") < 8
+    again = run.learner()
+    assert again.wait_event("joined")["restored"] == 8
+    run.wait_more(3, seconds=BACK_S)
+    assert run.finish().counts.rollbacks == 1
+
+
+def test_row_8_redis_has_forgotten_the_learner(own_server: Servers, trial: Trials, tmp_path: Path) -> None:
+    """The older file is from before the learner joined: it goes on under the epoch that it has."""
+    server = own_server()
+    run = trial(server, eta=2, batch=3)
+    before = run.learner()
+    run.actor()
+    run.wait_steps(2)
+    server.copy(tmp_path / "older")
+    before.kill()
+    learner = run.learner(fault="learner:feeding:2:stop")
+    learner.wait_stopped()
+    server.restore(tmp_path / "older")
+    learner.go_on()
+    run.forgot = True
+    run.wait_more(3, seconds=BACK_S)
+    run.finish()
 
 
 def test_row_8_a_lease_of_before_is_counted_as_lost(
@@ -95,55 +173,29 @@ def test_row_8_a_lease_of_before_is_counted_as_lost(
     assert held.group not in groups
 
 
-def trained_groups(run: Trial) -> int:
-    """Groups of all steps that were trained, each step once."""
-    return sum(len(one["groups"]) for one in {one["step"]: one for one in run.trained()}.values())
-
-
-def test_row_8_a_learner_and_redis_both_come_back_older(
-    own_server: Servers, trial: Trials, tmp_path: Path
-) -> None:
-    """The learner starts again from a checkpoint that is newer than the server, which is brought forward.
-
-    (Steps after that checkpoint would be gone: neither remembers them.)
-    """
-    server = own_server()
-    run = trial(server, eta=2, batch=3)
-    learner = run.learner(fault="learner:ckpt-committed:4")
-    run.actor()
-    run.wait_steps(2)
-    server.copy(tmp_path / "older")
-    learner.wait_killed()
-    server.restore(tmp_path / "older")
-    assert run.ledger().number("version") < 8
-    again = run.learner()
-    assert again.wait_event("joined")["restored"] == 8
-    run.wait_more(3, seconds=BACK_S)
-    assert run.finish().counts.rollbacks == 1
-
-
 @pytest.mark.parametrize("how", ["wiped", "swapped"])
 def test_row_9_another_run_in_its_place(own_server: Servers, trial: Trials, how: str, tmp_path: Path) -> None:
     """Nobody writes into a run that is not theirs: everyone stops, with one line that says so."""
     server = own_server()
     run = trial(server)
-    learner = run.learner()
+    learner = run.learner(fault="learner:feeding:5:stop")
     actors = [run.actor(), run.actor()]
-    run.wait_steps(3)
-    server.kill()
-    data = server.folder / "appendonlydir"
-    shutil.rmtree(data)
-    server.start()
+    learner.wait_stopped()
     if how == "swapped":
-        before = Stream(server.redis, run.run)
-        other = trial(server)
+        elsewhere = own_server()
+        other = trial(elsewhere)
         other.run = run.run
-        other.learner(fault="learner:assigned:1"), other.actor("actor-9")
-        other.learners[0].wait_killed()
-        before.close()
+        others = [other.learner(fault="learner:assigned:1"), other.actor("actor-9")]
+        others[0].wait_killed()
+        others[1].kill()
+        elsewhere.copy(tmp_path / "other")
+        server.restore(tmp_path / "other")
+    else:
+        server.wipe()
+    learner.go_on()
     for process in [learner, *actors]:
         process.wait(FOREIGN)
-        assert run.run in process.events("stopped")[0]["reason"]
+        assert process.events("stopped")[0]["reason"].startswith("foreign run: ")
     state = Stream(server.redis, run.run)
     if how == "wiped":
         assert not state.redis.exists(state.key("state"))
