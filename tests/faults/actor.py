@@ -23,7 +23,7 @@ from buffer.admission import Admit, Lease
 from buffer.client import AsyncStream, Call
 from buffer.codec import encode
 from buffer.connect import LOST
-from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
+from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, RedisUnavailable, StreamError
 from buffer.ledger import Snapshot
 from buffer.members import Applied, Heartbeat, JoinActor, Leave
 from buffer.schema import SCHEMA_VERSION, Group, Version
@@ -63,7 +63,7 @@ class Actor:
 
     def __init__(self, settings: ActorSettings, log: Log, faults: Faults) -> None:
         self.settings, self.log, self.faults = settings, log, faults
-        self.stream = AsyncStream.connect(settings.url, settings.run, patience_s=settings.patience_s)
+        self.stream = self._connect()
         self.epoch, self.nonce, self.version, self.digest = "", "", -1, ""
         self.declared = False
         """Whether Redis knows which version is served."""
@@ -76,6 +76,17 @@ class Actor:
         self.failed: BaseException | None = None
         """The error that a group met."""
         self._said = ""
+
+    def _connect(self) -> AsyncStream:
+        """A connection, also if Redis is away just now."""
+        settings, deadline = self.settings, time.monotonic() + self.settings.patience_s
+        while True:
+            try:
+                return AsyncStream.connect(settings.url, settings.run, patience_s=settings.patience_s)
+            except RedisUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     async def live(self) -> str:
         """From joining to the end of the run or a SIGTERM; why it ended."""

@@ -31,7 +31,7 @@ def test_rows_7_and_8_redis_is_killed(own_server: Servers, trial: Trials, fsync:
     Under `everysec` the server may come back older; then the loss is counted.
     """
     server = own_server(appendfsync=fsync)
-    run = trial(server, eta=2, batch=3)
+    run = trial(server, eta=2, batch=3, lease_s=5.0)
     run.learner(step_s=0.01)
     run.actor(), run.actor()
     for _ in range(kills):
