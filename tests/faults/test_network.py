@@ -19,7 +19,7 @@ def test_row_11_replies_are_lost(
     run = trial(eta=0, batch=3, max_steps=steps, lease_s=20.0)
     with Proxy(shared_server.port, seed=11) as proxy:
         url = shared_server.url_at(proxy.port)
-        proxy.lose = share
+        proxy.lose, proxy.words = share, {b"_publish": 5 * share, b"_admit": 2 * share}
         learner = run.learner(url=url)
         run.actor(url=url), run.actor(url=url)
         learner.wait(0, seconds=60 + steps)
