@@ -84,9 +84,7 @@ class Session:
             self.reconcile()
             raise
         except Fenced as error:
-            if not error.came_back_older:
-                raise
-            self.reconcile()
+            self.reconcile()  # raises, unless the server came back older
             raise Behind(f"the server came back older; the queue's tail is {self.tail}") from error
         self.tail = self.known.tail = fed.tail
         self.data_end = fed.tail if final else -1
@@ -181,12 +179,8 @@ class Session:
         """A call, made again after reconciling if the server was behind or knew an older epoch."""
         try:
             return self._call(call)
-        except (Behind, NoRun):
-            self.reconcile()
-        except Fenced as error:
-            if not error.came_back_older:
-                raise
-            self.reconcile()
+        except (Behind, NoRun, Fenced):
+            self.reconcile()  # raises if another learner has taken over, or this is another run
         return self.stream.call(call)
 
 

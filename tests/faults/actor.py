@@ -23,7 +23,8 @@ from buffer.admission import Admit, Lease
 from buffer.client import AsyncStream, Call
 from buffer.codec import encode
 from buffer.connect import LOST
-from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
+from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, RedisUnavailable, StreamError
+from buffer.ledger import Snapshot
 from buffer.members import Applied, Heartbeat, JoinActor, Leave
 from buffer.schema import SCHEMA_VERSION, Group, Version
 from buffer.stream import Publish
@@ -62,8 +63,10 @@ class Actor:
 
     def __init__(self, settings: ActorSettings, log: Log, faults: Faults) -> None:
         self.settings, self.log, self.faults = settings, log, faults
-        self.stream = AsyncStream.connect(settings.url, settings.run, patience_s=settings.patience_s)
+        self.stream = self._connect()
         self.epoch, self.nonce, self.version, self.digest = "", "", -1, ""
+        self.declared = False
+        """Whether Redis knows which version is served."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.slots = asyncio.Semaphore(settings.concurrency)
         self.requests = 0
@@ -73,6 +76,17 @@ class Actor:
         self.failed: BaseException | None = None
         """The error that a group met."""
         self._said = ""
+
+    def _connect(self) -> AsyncStream:
+        """A connection, also if Redis is away just now."""
+        settings, deadline = self.settings, time.monotonic() + self.settings.patience_s
+        while True:
+            try:
+                return AsyncStream.connect(settings.url, settings.run, patience_s=settings.patience_s)
+            except RedisUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     async def live(self) -> str:
         """From joining to the end of the run or a SIGTERM; why it ended."""
@@ -111,12 +125,21 @@ class Actor:
                     await asyncio.sleep(0.1)
                     continue
                 if self.nonce not in ("", joined.nonce):
-                    raise ForeignRun(
-                        f"run {self.settings.run}: this actor belongs to the run with nonce {self.nonce}, "
-                        f"the server holds {joined.nonce}; it was swapped"
-                    )
-                self.epoch, self.nonce, self.version = joined.epoch, joined.nonce, -1
+                    raise self._foreign(joined.nonce)
+                self.epoch, self.nonce, self.declared = joined.epoch, joined.nonce, False
                 self.log("joined", epoch=self.epoch)
+
+    async def _check_nonce(self) -> None:
+        """Raises `ForeignRun` if the server holds another run of this name."""
+        nonce = (await self.stream.call(Snapshot())).state["nonce"]
+        if nonce != self.nonce:
+            raise self._foreign(nonce)
+
+    def _foreign(self, nonce: str) -> ForeignRun:
+        return ForeignRun(
+            f"run {self.settings.run}: this actor belongs to the run with nonce {self.nonce}, the server "
+            f"holds {nonce}; it was swapped"
+        )
 
     async def _call(self, make: Callable[[], Call[Any]]) -> Any:
         """A call under the epoch of now; again after a full server, or one that came back older."""
@@ -127,6 +150,9 @@ class Actor:
             except RedisFull as error:
                 await self._back_off(error)
             except Fenced as error:
+                if self.epoch != epoch:
+                    continue  # this actor has joined again while the call was on its way
+                await self._check_nonce()
                 if not error.came_back_older:
                     raise
                 self.log("fenced", reason=str(error))
@@ -186,7 +212,8 @@ class Actor:
         while not own.cancelling():  # which redis-py may have swallowed
             try:
                 newest = int(await self.stream.redis.get(step) or -1)
-                of = await self.stream.redis.hget(versions, str(newest)) if newest > self.version else None
+                due = newest > self.version or (newest == self.version and not self.declared)
+                of = await self.stream.redis.hget(versions, str(newest)) if due else None
             except LOST:
                 self.stream.lost += 1
                 of = None
@@ -195,6 +222,7 @@ class Actor:
             await asyncio.sleep(0.03)
 
     async def _serve(self, version: int, of: str) -> None:
+        self.version, self.digest = version, of  # first the engine, then the word
         try:
             serving = await self._call(lambda: Applied(self.settings.name, self.epoch, version, of))
         except StreamError as error:
@@ -202,14 +230,14 @@ class Actor:
                 raise
             self.log("not applied", reason=str(error))  # the server came back older in between: look again
         else:
-            self.version, self.digest = serving.version, serving.digest
+            self.version, self.digest, self.declared = serving.version, serving.digest, True
 
     async def _lease(self) -> None:
         """Keeps `concurrency` groups in flight."""
         while True:
             await self.slots.acquire()
             await self.online.wait()
-            if self.version < 0:
+            if not self.declared:
                 await asyncio.sleep(0.02)
                 self.slots.release()
                 continue
@@ -224,9 +252,7 @@ class Actor:
             else:
                 self._say(f"waiting: {lease.reason}")
                 if lease.reason in ("old-weights", "no-weights"):
-                    self.version = (
-                        -1
-                    )  # a server that came back older has forgotten what was applied: say it again
+                    self.declared = False  # a server that came back older has forgotten
                 self.slots.release()
                 await self.stream.take(self.stream.key("places"), 0.3)
 

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from tests.faults.trial import Process
 
 
-def broken(ledger: Ledger, learners: Sequence[Process], actors: Sequence[Process], eta: int) -> list[str]:
-    """Everything that does not hold."""
+def broken(
+    ledger: Ledger, learners: Sequence[Process], actors: Sequence[Process], eta: int, *, forgot: bool
+) -> list[str]:
+    """Everything that does not hold. `forgot`: Redis was given an older file."""
     trained = [one for learner in learners for one in learner.events("trained")]
     assigned = [one for learner in learners for one in learner.events("assigned")]
     return [
@@ -22,7 +24,8 @@ def broken(ledger: Ledger, learners: Sequence[Process], actors: Sequence[Process
         *(f"I3: step {one['step']} trained version {min(one['oldest'])}, eta is {eta}"
           for one in trained if one["oldest"] and one["step"] - min(one["oldest"]) > eta),
         *(f"I4: {problem}" for one in trained for problem in one["untrue"]),
-        *_acknowledged(ledger, trained, learners, actors),
+        *_commits(ledger, learners),
+        *([] if forgot or ledger.counts.rollbacks else _lost(ledger, trained, learners, actors)),
         *(line for process in [*learners, *actors] for line in _endings(process)),
     ]  # fmt: skip
 
@@ -50,12 +53,8 @@ def _same_again(trained: Sequence[dict[str, Any]], assigned: Sequence[dict[str, 
                 yield f"I2: step {one['step']} was {kind} as {before}, and again as {one}"
 
 
-def _acknowledged(
-    ledger: Ledger, trained: Sequence[dict[str, Any]], learners: Sequence[Process], actors: Sequence[Process]
-) -> Iterator[str]:
-    """What was acknowledged is there: groups are trained, assigned or queued, and commits stand."""
-    if ledger.counts.rollbacks == 0:
-        yield from _acknowledged_groups(ledger, trained, learners, actors)
+def _commits(ledger: Ledger, learners: Sequence[Process]) -> Iterator[str]:
+    """Versions that were acknowledged stand, also after Redis came back older."""
     versions: dict[int, str] = {}
     for learner in learners:
         for one in learner.events("committed"):
@@ -65,9 +64,10 @@ def _acknowledged(
         yield f"version {max(versions)} was acknowledged, the server is at {ledger.number('version')}"
 
 
-def _acknowledged_groups(
+def _lost(
     ledger: Ledger, trained: Sequence[dict[str, Any]], learners: Sequence[Process], actors: Sequence[Process]
 ) -> Iterator[str]:
+    """Groups whose publish was acknowledged and that are neither trained, assigned, queued nor struck."""
     there = {group for one in trained for group in one["groups"]} | set(ledger.ready)
     there |= {row.group for manifest in ledger.manifests.values() for row in manifest.rows}
     there |= {one["group"] for learner in learners for one in learner.events("struck")}

@@ -2,7 +2,7 @@
 
 It restores from its newest checkpoint whose digest is the committed one, replays the manifests since,
 trains on, and publishes no version at or below the newest committed one. Its points, in order:
-`joined restored assigned read struck trained committed ckpt-... ckpt-committed`.
+`joined restored feeding assigned read struck trained committed ckpt-... ckpt-committed`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from buffer.batches import Assigned
 from buffer.client import Stream
 from buffer.config import StreamConfig
-from buffer.errors import Behind, NoRun, RedisFull, StreamError
+from buffer.errors import Behind, NoRun, RedisFull, RedisUnavailable, StreamError
 from buffer.ledger import Ledger, Snapshot
 from buffer.members import Rules
 from buffer.prompts import encode_prompt
@@ -55,10 +55,23 @@ class Learner:
     def __init__(self, settings: LearnerSettings, log: Log, faults: Faults) -> None:
         self.settings, self.log, self.faults = settings, log, faults
         self.folder = Path(settings.folder)
-        self.stream = Stream.connect(settings.url, settings.run, patience_s=settings.patience_s)
+        self.stream = self._connect()
         self.rules = Rules.of(settings.stream)
         self.session, self.weights, self.version = self._restore()
         self._said = ""
+
+    def _connect(self) -> Stream:
+        """A connection, also if Redis is away just now."""
+        deadline = time.monotonic() + self.settings.patience_s
+        while True:
+            try:
+                return Stream.connect(
+                    self.settings.url, self.settings.run, patience_s=self.settings.patience_s
+                )
+            except RedisUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def _restore(self) -> tuple[Session, np.ndarray, int]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +124,7 @@ class Learner:
             return
         tail = self.session.tail
         prompts = (encode_prompt(prompt_of(position)) for position in range(tail, tail + 2 * batch))
+        self.faults.at("feeding")
         try:
             self.session.feed(tail, tuple(prompts))
         except Behind as error:

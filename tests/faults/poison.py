@@ -5,38 +5,25 @@ from __future__ import annotations
 import functools
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
-import numpy as np
 import xxhash
 import zstandard
 
-from buffer.codec import MAGIC, encode
+from buffer.codec import encode
+from buffer.frame import MAGIC, Bytes, pack, unpack
 from buffer.schema import SCHEMA_VERSION, Group, Version
 
-_HEADER = struct.Struct("<4sHHIQ")
+PARTS = 9
+"""Of a group's frame: the meta, four planes of int32 arrays, four of float32 arrays, lowest bytes first."""
+_VERSION_AT, _SIZE_AT = 4, 8
+"""Offsets in the frame's header."""
 
 
 def spoil(group: Group, payload: bytes, damage: random.Random, kinds: Sequence[str]) -> bytes:
     """The payload of a group with damage of a kind that the generator draws."""
     return KINDS[damage.choice(kinds)](group, payload, damage)
-
-
-def frame(raw: bytes, *, size: int | None = None, version: int = SCHEMA_VERSION) -> bytes:
-    """A frame that is valid but for its content, declared size or version."""
-    body = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw)
-    declared = len(raw) if size is None else size
-    return _HEADER.pack(MAGIC, version, 0, declared, xxhash.xxh3_64_intdigest(body)) + body
-
-
-def _raw(payload: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(payload[_HEADER.size :])
-
-
-def _with_meta(raw: bytes, meta: bytes) -> bytes:
-    size, ints, floats = struct.unpack_from("<III", raw)
-    return frame(struct.pack("<III", len(meta), ints, floats) + meta + raw[12 + size :])
 
 
 def flipped(group: Group, payload: bytes, damage: random.Random) -> bytes:
@@ -47,46 +34,37 @@ def flipped(group: Group, payload: bytes, damage: random.Random) -> bytes:
 
 
 def truncated(group: Group, payload: bytes, damage: random.Random) -> bytes:
-    """The end is missing; at least one byte is left, since Redis's own entry is there."""
+    """The end is missing."""
     return payload[: damage.randrange(1, len(payload))]
 
 
 def bomb(group: Group, payload: bytes, damage: random.Random) -> bytes:
-    """Little that declares, and would become, a lot: 64 MiB where 1 KiB is said, or 2 GiB said outright."""
+    """Little that says, or would become, a lot: 2 GiB by its header, or 64 MiB where 1 KiB is declared."""
     if damage.random() < 0.5:
-        return frame(bytes(100), size=2**31)
-    body = _bomb_body()
-    return _HEADER.pack(MAGIC, SCHEMA_VERSION, 0, 1024, xxhash.xxh3_64_intdigest(body)) + body
-
-
-@functools.cache
-def _bomb_body() -> bytes:
-    compressor = zstandard.ZstdCompressor(level=1).compressobj()
-    return b"".join(compressor.compress(bytes(1 << 20)) for _ in range(64)) + compressor.flush()
+        return _header(payload, "<I", _SIZE_AT, 2**31)
+    sizes = [1024, len(_compressed_bomb()), *[0] * (2 * PARTS - 2)]
+    body = struct.pack(f"<{2 * PARTS}I", *sizes) + _compressed_bomb()
+    return struct.pack("<4sHHIQ", MAGIC, SCHEMA_VERSION, 0, 1024, xxhash.xxh3_64_intdigest(body)) + body
 
 
 def deep(group: Group, payload: bytes, damage: random.Random) -> bytes:
     """A meta of arrays in arrays."""
-    return _with_meta(_raw(payload), b"\x91" * damage.randrange(600, 20_000) + b"\xc0")
+    return pack([b"\x91" * damage.randrange(600, 20_000) + b"\xc0", *_parts(payload)[1:]])
 
 
 def not_finite(group: Group, payload: bytes, damage: random.Random) -> bytes:
     """A log-probability that is no number, or infinite."""
-    raw = _raw(payload)
-    size, ints, floats = struct.unpack_from("<III", raw)
-    start = 12 + size + 4 * ints
-    planes = np.frombuffer(raw, np.uint8, 4 * floats, start).reshape(4, floats)
-    values = np.ascontiguousarray(planes.T).view(np.float32).reshape(floats).copy()
-    values[damage.randrange(floats)] = damage.choice([np.nan, np.inf, -np.inf])
-    changed = values.view(np.uint8).reshape(-1, 4).T.tobytes()
-    return frame(raw[:start] + changed)
+    planes = [bytearray(part) for part in _parts(payload)]
+    value, place = damage.choice([0x7FC00000, 0x7F800000, 0xFF800000]), damage.randrange(len(planes[-1]))
+    for plane, byte in zip(planes[-4:], value.to_bytes(4, "little"), strict=True):
+        plane[place] = byte
+    return pack([bytes(plane) for plane in planes])
 
 
 def other_tag(group: Group, payload: bytes, damage: random.Random) -> bytes:
     """A struct of another name."""
-    raw = _raw(payload)
-    size = struct.unpack_from("<I", raw)[0]
-    return _with_meta(raw, raw[12 : 12 + size].replace(b"\xa5Group", b"\xa5Grape", 1))
+    meta, *planes = _parts(payload)
+    return pack([bytes(meta).replace(b"\xa5Group", b"\xa5Grape", 1), *planes])
 
 
 def other_group(group: Group, payload: bytes, damage: random.Random) -> bytes:
@@ -102,7 +80,7 @@ def other_version(group: Group, payload: bytes, damage: random.Random) -> bytes:
 
 def other_schema(group: Group, payload: bytes, damage: random.Random) -> bytes:
     """A record of another release."""
-    return frame(_raw(payload), version=SCHEMA_VERSION + damage.randrange(1, 5))
+    return _header(payload, "<H", _VERSION_AT, SCHEMA_VERSION + damage.randrange(1, 5))
 
 
 def noise(group: Group, payload: bytes, damage: random.Random) -> bytes:
@@ -110,19 +88,34 @@ def noise(group: Group, payload: bytes, damage: random.Random) -> bytes:
     return damage.randbytes(damage.randrange(1, 300))
 
 
-KINDS = {
-    kind.__name__: kind
-    for kind in (
-        flipped,
-        truncated,
-        bomb,
-        deep,
-        not_finite,
-        other_tag,
-        other_group,
-        other_version,
-        other_schema,
-        noise,
-    )
-}
+def _parts(payload: bytes) -> list[Bytes]:
+    return unpack(payload, PARTS)
+
+
+def _header(payload: bytes, kind: str, at: int, value: int) -> bytes:
+    """The payload with another number in its header, which the checksum does not cover."""
+    spoilt = bytearray(payload)
+    struct.pack_into(kind, spoilt, at, value)
+    return bytes(spoilt)
+
+
+@functools.cache
+def _compressed_bomb() -> bytes:
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    return b"".join(compressor.compress(bytes(1 << 20)) for _ in range(64)) + compressor.flush()
+
+
+_ALL = (
+    flipped,
+    truncated,
+    bomb,
+    deep,
+    not_finite,
+    other_tag,
+    other_group,
+    other_version,
+    other_schema,
+    noise,
+)
+KINDS: dict[str, Callable[[Group, bytes, random.Random], bytes]] = {kind.__name__: kind for kind in _ALL}
 """Every kind of damage by name."""

@@ -21,6 +21,8 @@ class Proxy:
 
     def __init__(self, server_port: int, *, seed: int = 0) -> None:
         self.lose, self.delay_s, self.mode = 0.0, 0.0, "pass"
+        self.words: dict[bytes, float] = {}
+        """The same for replies to requests that hold a word."""
         self.lost = 0
         """Replies lost so far."""
         self.port = 0
@@ -73,26 +75,35 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        both = {writer, server_writer}
+        both, doomed = {writer, server_writer}, list[bytes]()
         self._open |= both
         with suppress(OSError):
             await asyncio.gather(
-                self._pump(reader, server_writer, replies=False),
-                self._pump(server_reader, writer, replies=True),
+                self._pump(reader, server_writer, doomed, replies=False),
+                self._pump(server_reader, writer, doomed, replies=True),
             )
         self._open -= both
         for one in both:
             one.transport.abort()
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, replies: bool
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        doomed: list[bytes],
+        *,
+        replies: bool,
     ) -> None:
         while data := await reader.read(_CHUNK):
             while self.mode == "black hole":
                 await asyncio.sleep(0.05)
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
-            if replies and self.lose and self._random.random() < self.lose:
+            if not replies:
+                doomed += [
+                    w for w, share in self.words.items() if w in data and self._random.random() < share
+                ]
+            elif doomed or self._random.random() < self.lose:
                 self.lost += 1
                 break
             writer.write(data)

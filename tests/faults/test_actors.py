@@ -22,8 +22,8 @@ def test_row_1_one_actor_is_killed_in_mid_generation(trial: Trials) -> None:
     """Only what it had in flight expires, and those prompts are groups of others within 15 s."""
     run = trial(eta=2, batch=4)
     run.learner()
-    run.actor()
-    killed = run.actor(fault="actor-1:generating:9", group_s=0.1)
+    run.actor(group_s=0.1)
+    killed = run.actor(fault="actor-1:generating:9", group_s=0.1)  # as fast as the other: none is slow
     killed.wait_killed()
     died = time.monotonic()
     held = [lease for lease in run.ledger().leased if lease.actor == "actor-1"]
@@ -31,7 +31,9 @@ def test_row_1_one_actor_is_killed_in_mid_generation(trial: Trials) -> None:
     again = {f"{lease.group[:-2]}{lease.attempt + 1:02d}" for lease in held}
     until(lambda: again <= published(run), 15, f"{again} are published")
     assert time.monotonic() - died < 15
-    assert run.finish().counts.dropped["expired"] == len(held)
+    counts = run.finish().counts
+    gone = {reason: counts.dropped.get(reason, 0) for reason in ("expired", "slow")}  # whichever comes first
+    assert sum(gone.values()) == len(held), (counts, held)
 
 
 def published(run: Trial) -> set[str]:
@@ -81,6 +83,8 @@ def test_row_12_an_actor_is_cut_off(trial: Trials, proxy: Proxy, how: str, secon
         proxy.cut()
     proxy.mode = how
     gone = time.monotonic()
+    time.sleep(0.1)
+    held = {lease.group for lease in run.ledger().leased if lease.actor == "actor-1"}
     assert run.wait_more(3, seconds=15) < 15
     time.sleep(max(0.0, seconds - (time.monotonic() - gone)))
     proxy.mode = "pass"
@@ -89,7 +93,8 @@ def test_row_12_an_actor_is_cut_off(trial: Trials, proxy: Proxy, how: str, secon
     before = len(alone.events("published"))
     until(lambda: len(alone.events("published")) > before + 2, 30, "it publishes again")
     assert not [one for one in alone.events("leased") if gone + 2.5 < one["t"] < back]
-    assert alone.events("closed"), "leases that expired are closed"
+    accepted = {one["group"] for one in alone.events("published") if one["status"] == "ok"}
+    assert not held & accepted, "its leases ended meanwhile: their groups are closed, or come late"
     run.finish()
     away = next(one["t"] for one in alone.events("away") if one["t"] > gone)
     assert not [one for one in alone.events("published") if away < one["begun"] < online["t"]]

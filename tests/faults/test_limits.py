@@ -53,6 +53,7 @@ def test_row_20_poison(own_server: Callable[..., Server], trial: Callable[..., T
     assert {"magic", "version", "size", "checksum", "meta", "id", "versions"} <= reasons, reasons
     assert any("not finite" in one["reason"] for one in learner.events("struck"))
     grown = {name: (after[name] - before[name]) / MIB for name in before}
+    print("MiB grown:", grown)
     assert max(grown.values()) < 64, grown
 
 
