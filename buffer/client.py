@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -20,9 +21,10 @@ import redis
 import redis.asyncio
 from redis.exceptions import ResponseError
 
-from buffer.connect import LOST, connect, connect_async, translate
-from buffer.errors import RedisUnavailable
+from buffer.connect import LOST, connect, connect_async, refused, translate
+from buffer.errors import RedisUnavailable, StreamError
 from buffer.keys import key, shard_key, shard_of
+from buffer.rights import user_of
 
 Reply = TypeVar("Reply")
 
@@ -43,6 +45,8 @@ class Call(msgspec.Struct, Generic[Reply], frozen=True):
     """A function of the library with its arguments, in the order of the fields; a tuple is spread."""
 
     function: ClassVar[str]
+    verb: ClassVar[str] = "FCALL"
+    """`FCALL_RO` for a function that only reads, which a role that may only look can call."""
 
     def arguments(self) -> list[Any]:
         """The function's ARGV."""
@@ -58,7 +62,7 @@ class Call(msgspec.Struct, Generic[Reply], frozen=True):
 
     def command(self, run: str) -> tuple[Any, ...]:
         """The FCALL command."""
-        return ("FCALL", f"{LIBRARY}_{self.function}", 1, f"{{{run}}}", *self.arguments())
+        return (self.verb, f"{LIBRARY}_{self.function}", 1, f"{{{run}}}", *self.arguments())
 
 
 class PublishCall(Call[Reply], frozen=True):
@@ -85,8 +89,13 @@ class _Run:
         shard, _, identity = entry.rpartition("/")
         return (shard_key(self.run, int(shard)) if shard else self.key("stream")), identity
 
-    def _silent(self, error: Exception) -> RedisUnavailable:
-        return RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}")
+    def _hopeless(self, error: Exception, late: bool) -> StreamError | None:
+        """What to raise instead of trying again: a refusal that stays one, or that patience is over."""
+        if (final := refused(error, f"run {self.run}")) is not None:
+            return final
+        return (
+            RedisUnavailable(f"Redis did not answer for {self.patience_s:.0f} s: {error}") if late else None
+        )
 
 
 class Stream(_Run):
@@ -103,11 +112,11 @@ class Stream(_Run):
 
     def load_library(self) -> None:
         """Loads the function library, on every primary, replacing an older build of the major version."""
-        self.redis.function_load(library_source(), replace=True)
+        self.patiently(lambda: self.redis.function_load(library_source(), replace=True))
 
     def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
-        return call.answer(self._patiently(lambda: self.redis.execute_command(*call.command(self.run))))
+        return call.answer(self.patiently(lambda: self.redis.execute_command(*call.command(self.run))))
 
     def publish(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         """Adds a payload to the replay stream and calls `call` with it, in one transaction.
@@ -123,15 +132,15 @@ class Stream(_Run):
                 pipe.execute_command(*call.command(self.run))
                 return _last(pipe.execute(raise_on_error=False))
 
-        return call.answer(self._patiently(attempt))
+        return call.answer(self.patiently(attempt))
 
     def _publish_to_shard(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         shard = shard_of(call.group, self.shards)
         name = shard_key(self.run, shard)
-        identity = self._patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
+        identity = self.patiently(lambda: self.redis.xadd(name, {"g": payload})).decode()
         reply: Any = self.call(msgspec.structs.replace(call, entry=f"{shard}/{identity}"))
         if reply.entry != f"{shard}/{identity}":
-            self._patiently(lambda: self.redis.xdel(name, identity))
+            self.patiently(lambda: self.redis.xdel(name, identity))
         return reply
 
     def take(self, full_key: str, seconds: float) -> bytes | None:
@@ -144,18 +153,19 @@ class Stream(_Run):
             return None
         return found[1] if found else None
 
-    def _patiently(self, attempt: Any) -> Any:
+    def patiently(self, attempt: Callable[[], Any]) -> Any:
+        """Makes an attempt, which must be idempotent, until it is answered or patience is over."""
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
                 return attempt()
             except LOST as error:
                 self.lost += 1
-                if time.monotonic() > deadline:
-                    raise self._silent(error) from error
+                if final := self._hopeless(error, time.monotonic() > deadline):
+                    raise final from error
                 time.sleep(_PAUSE_S)
             except ResponseError as error:
-                raise translate(error) from error
+                raise translate(error, user_of(self.redis)) from error
 
     def close(self) -> None:
         """Closes the connections."""
@@ -173,12 +183,12 @@ class AsyncStream(_Run):
 
     @classmethod
     def connect(cls, url: str, run: str, *, patience_s: float = 30.0, shards: int = 0) -> AsyncStream:
-        """A client of `url`; the first call connects. Payload shards mean that the server is a cluster."""
-        return cls(connect_async(url, cluster=shards > 0), run, patience_s=patience_s, shards=shards)
+        """Connects and checks the server. Raises `RedisUnavailable` or `RedisUnsuitable`."""
+        return cls(connect_async(url), run, patience_s=patience_s, shards=shards)
 
     async def call(self, call: Call[Reply]) -> Reply:
         """Calls a function; see `buffer.errors` for what it raises."""
-        return call.answer(await self._patiently(lambda: self.redis.execute_command(*call.command(self.run))))
+        return call.answer(await self.patiently(lambda: self.redis.execute_command(*call.command(self.run))))
 
     async def publish(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         """Adds a payload to the replay stream and calls `call` with it, in one transaction.
@@ -194,15 +204,15 @@ class AsyncStream(_Run):
                 pipe.execute_command(*call.command(self.run))
                 return _last(await pipe.execute(raise_on_error=False))
 
-        return call.answer(await self._patiently(attempt))
+        return call.answer(await self.patiently(attempt))
 
     async def _publish_to_shard(self, call: PublishCall[Reply], payload: bytes) -> Reply:
         shard = shard_of(call.group, self.shards)
         name = shard_key(self.run, shard)
-        identity = (await self._patiently(lambda: self.redis.xadd(name, {"g": payload}))).decode()
+        identity = (await self.patiently(lambda: self.redis.xadd(name, {"g": payload}))).decode()
         reply: Any = await self.call(msgspec.structs.replace(call, entry=f"{shard}/{identity}"))
         if reply.entry != f"{shard}/{identity}":
-            await self._patiently(lambda: self.redis.xdel(name, identity))
+            await self.patiently(lambda: self.redis.xdel(name, identity))
         return reply
 
     async def take(self, full_key: str, seconds: float) -> bytes | None:
@@ -217,7 +227,8 @@ class AsyncStream(_Run):
             return None
         return found[1] if found else None
 
-    async def _patiently(self, attempt: Any) -> Any:
+    async def patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Makes an attempt, which must be idempotent, until it is answered or patience is over."""
         _raise_if_cancelled()
         deadline = time.monotonic() + self.patience_s
         while True:
@@ -226,11 +237,11 @@ class AsyncStream(_Run):
             except LOST as error:
                 _raise_if_cancelled()
                 self.lost += 1
-                if time.monotonic() > deadline:
-                    raise self._silent(error) from error
+                if final := self._hopeless(error, time.monotonic() > deadline):
+                    raise final from error
                 await asyncio.sleep(_PAUSE_S)
             except ResponseError as error:
-                raise translate(error) from error
+                raise translate(error, user_of(self.redis)) from error
 
     async def close(self) -> None:
         """Closes the connections."""

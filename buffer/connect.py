@@ -14,7 +14,13 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -32,13 +38,19 @@ from buffer.errors import (
     SettingsMismatch,
     StreamError,
 )
+from buffer.rights import AsyncClient, AsyncClusterClient, Client, ClusterClient, missing_right
 
 SOCKET_TIMEOUT_S = 5.0
 """A command that takes longer fails; blocking reads stay well below it."""
-LOST = (RedisConnectionError, RedisTimeoutError, OSError)
-"""No answer: the command may have been carried out or not."""
+LOST = (RedisConnectionError, RedisTimeoutError, OSError, ClusterError, RedisClusterException)
+"""No answer: the command may have been carried out or not. A cluster's: a node or its slots are down."""
 
-_OPTIONS: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": SOCKET_TIMEOUT_S}
+# The client library's name is not told: no role has the right to, and each try would be logged as a breach.
+_OPTIONS: dict[str, Any] = {
+    "socket_timeout": SOCKET_TIMEOUT_S,
+    "socket_connect_timeout": SOCKET_TIMEOUT_S,
+    "driver_info": None,
+}
 
 
 def connect(url: str) -> redis.Redis:
@@ -46,37 +58,91 @@ def connect(url: str) -> redis.Redis:
 
     Raises `RedisUnavailable` (nobody answers there) or `RedisUnsuitable` (password, rights, version).
     """
-    client = redis.Redis.from_url(_checked(url), retry=Retry(NoBackoff(), 0), **_OPTIONS)
-    try:
-        info = client.info("server")
-        clustered = client.info("cluster").get("cluster_enabled") == 1
-    except (AuthenticationError, NoPermissionError, ResponseError) as error:
-        raise RedisUnsuitable(
-            f"Redis at {shown(url)} refuses us: {error}; put user:password of a role into the URL"
-        ) from error
-    except (RedisError, OSError) as error:
-        hint = "check the URL and that the server runs"
-        if "CERTIFICATE" in str(error).upper():
-            hint = "name its certificate authority in the URL: ?ssl_ca_certs=FILE"
-        raise RedisUnavailable(f"no Redis at {shown(url)}: {error}; {hint}") from error
-    version = str(info.get("valkey_version") or info["redis_version"])
-    floor = 8 if "valkey_version" in info else 7
-    if int(version.split(".")[0]) < floor:
-        raise RedisUnsuitable(f"Redis at {shown(url)} is {version}; Redis 7.0, Valkey 8 or newer is needed")
-    if not clustered:
+    client = Client.from_url(_checked(url), retry=Retry(NoBackoff(), 0), **_OPTIONS)
+    if not _probed(client, url):
         return client
     client.close()
-    cluster: Any = redis.RedisCluster.from_url(url, retry=Retry(NoBackoff(), 0), **_OPTIONS)
+    try:
+        cluster: Any = ClusterClient.from_url(url, retry=Retry(NoBackoff(), 0), **_OPTIONS)
+    except (RedisError, RedisClusterException, OSError) as error:
+        raise refused(error, shown(url)) or _silent(error, url) from error
     return cluster
 
 
-def connect_async(url: str, *, cluster: bool = False) -> redis.asyncio.Redis:
-    """A client of `url` for an event loop; the first command connects."""
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """The same for an event loop. It asks the server once, at once, what `connect` asks."""
     options = {**_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
-    if not cluster:
-        return redis.asyncio.Redis.from_url(_checked(url), **options)
-    clustered: Any = redis.asyncio.RedisCluster.from_url(_checked(url), **options)
-    return clustered
+    probe = Client.from_url(_checked(url), retry=Retry(NoBackoff(), 0), **_OPTIONS)
+    clustered = _probed(probe, url)
+    probe.close()
+    if not clustered:
+        return AsyncClient.from_url(url, **options)
+    cluster: Any = AsyncClusterClient.from_url(url, **options)
+    return cluster
+
+
+def _probed(client: redis.Redis, url: str) -> bool:
+    """Whether the server is in cluster mode; raises if it cannot be used."""
+    try:
+        info: Any = client.info("server")
+        clustered: Any = client.info("cluster")
+    except (RedisError, OSError) as error:
+        client.close()
+        raise refused(error, shown(url)) or _silent(error, url) from error
+    version = str(info.get("valkey_version") or info["redis_version"])
+    if too_old(info):
+        raise RedisUnsuitable(f"Redis at {shown(url)} is {version}; Redis 7.0, Valkey 8 or newer is needed")
+    return bool(clustered.get("cluster_enabled") == 1)
+
+
+def too_old(info: dict[str, Any]) -> bool:
+    """Whether a server, by its `INFO server`, is below the floor."""
+    version = str(info.get("valkey_version") or info["redis_version"])
+    return int(version.split(".")[0]) < (8 if "valkey_version" in info else 7)
+
+
+def primaries(client: Any) -> list[redis.Redis]:
+    """A client of each server that holds keys: the one there is, or a cluster's primaries."""
+    if not isinstance(client, redis.RedisCluster):
+        return [client]
+    nodes = (client.get_redis_connection(node) for node in client.get_primaries())
+    return [node for node in nodes if node is not None]
+
+
+def refused(error: Exception, where: str) -> StreamError | None:
+    """What a failed command means if trying again will not help: password, rights, certificate. Else None."""
+    said = str(error)
+    if (named := missing_right(error, "of the URL")) is not None:
+        return named
+    if isinstance(error, AuthenticationError) or "WRONGPASS" in said or "NOAUTH" in said:
+        return RedisUnsuitable(
+            f"Redis at {where} refuses us: {said}; put user:password of a role into the URL"
+        )
+    if "mismatch, certificate is not valid" in said:
+        return RedisUnavailable(
+            f"Redis at {where}: {said}; write the host as its certificate does, or issue one for this host"
+        )
+    if "CERTIFICATE" in said.upper():
+        return RedisUnavailable(
+            f"Redis at {where}: {said}; name its certificate authority in the URL: ?ssl_ca_certs=FILE"
+        )
+    if "WRONG_VERSION_NUMBER" in said or "record layer failure" in said:
+        return RedisUnavailable(
+            f"Redis at {where} does not speak TLS: {said}; write redis:// or its TLS port"
+        )
+    if isinstance(error, ResponseError) and not isinstance(error, ClusterError):
+        return RedisUnsuitable(f"Redis at {where} refuses us: {said}")
+    return None
+
+
+def _silent(error: Exception, url: str) -> RedisUnavailable:
+    hint, said = "check the URL and that the server runs", str(error)
+    listens = "refused" not in said and "onnect call failed" not in said
+    if url.startswith("redis:") and listens:
+        hint += "; a server that speaks TLS needs rediss://"
+    if url.startswith("rediss:") and "imeout" in said:
+        hint += "; a server that does not speak TLS needs redis://"
+    return RedisUnavailable(f"no Redis at {shown(url)}: {said}; {hint}")
 
 
 def shown(url: str) -> str:
@@ -100,21 +166,20 @@ _ERRORS: dict[str, type[StreamError]] = {
     "SLIPPOSITION": Behind,
     "SLIPNONCE": ForeignRun,
     "SLIPGAP": LostSteps,
+    "SLIPRIGHT": RedisUnsuitable,
 }
 
 
-def translate(error: ResponseError) -> StreamError:
-    """The error of ours that a server's refusal means."""
+def translate(error: ResponseError, user: str = "") -> StreamError:
+    """The error of ours that a server's refusal of a command of `user` means."""
     code, _, message = str(error).partition(" ")
     message = message.partition(" script: ")[0]
     if code in _ERRORS:
         return _ERRORS[code](message)
     if "unction not found" in str(error):
         return NoRun("the server has no function library of this release yet: the learner loads it")
-    if isinstance(error, NoPermissionError) or "NOPERM" in str(error) or "ACL failure" in str(error):
-        return RedisUnsuitable(
-            f"the Redis user lacks a right: {error}; give it its role with `launch redis-users`"
-        )
+    if (named := missing_right(error, user)) is not None:
+        return named
     if any(word in str(error) for word in ("OOM ", "maxmemory", "MISCONF")):
         return RedisFull(f"Redis takes no more for now: {error}")
     return StreamError(message if code.startswith("SLIP") else str(error))

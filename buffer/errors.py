@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from redis.exceptions import NoPermissionError
+
 
 class StreamError(Exception):
     """Base of every error of `buffer`; raised itself when a function refuses its arguments."""
@@ -13,6 +15,13 @@ class RedisUnavailable(StreamError):
 
 class RedisUnsuitable(StreamError):
     """The server answers but cannot be used: too old, wrong password, missing right, no library."""
+
+
+class RightMissing(RedisUnsuitable, NoPermissionError):
+    """The Redis user may not do what was asked: it has another role, or none on this run.
+
+    A `redis.NoPermissionError`, too, for those who handle whatever a plain command raises.
+    """
 
 
 class RedisFull(StreamError):

@@ -104,6 +104,7 @@ class Snapshot(Call[Ledger], frozen=True):
     """The whole control state at one instant."""
 
     function: ClassVar[str] = "snapshot"
+    verb: ClassVar[str] = "FCALL_RO"
     full: bool = False
     """Also every lease, queued group and manifest."""
 

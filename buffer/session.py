@@ -22,6 +22,7 @@ import msgspec
 
 from buffer.batches import Assign, Assigned, Manifest, Strike, Struck
 from buffer.client import Call, Stream
+from buffer.connect import primaries
 from buffer.errors import Behind, Fenced, ForeignRun, NoRun
 from buffer.ledger import Snapshot
 from buffer.members import Joined, JoinLearner, LearnerBeat, Leave, Rules, Standing
@@ -79,9 +80,14 @@ class Session:
         """Appends prompts; raises `Behind` if `position` is not the tail, which `tail` then tells."""
         try:
             fed = self._call(Feed(self.epoch, position, prompts, final))
-        except Behind:
+        except (Behind, NoRun):
             self.reconcile()
             raise
+        except Fenced as error:
+            if not error.came_back_older:
+                raise
+            self.reconcile()
+            raise Behind(f"the server came back older; the queue's tail is {self.tail}") from error
         self.tail = self.known.tail = fed.tail
         self.data_end = fed.tail if final else -1
         return fed
@@ -110,7 +116,9 @@ class Session:
 
     def commit(self, version: int, digest: str, *, covered: int = -1) -> Committed:
         """The weights of a version; of one committed before, the answer's digest counts."""
-        answer = self._repeating(Commit(self.epoch, version, digest, covered))
+        trained = self.known.manifests.get(version - 1)
+        struck = len(trained.strikes) if trained else -1
+        answer = self._repeating(Commit(self.epoch, version, digest, covered, struck))
         with self._lock:
             self.known.versions[version] = answer.digest
             self.known.version = max(self.known.version, version)
@@ -183,16 +191,15 @@ class Session:
 
 
 def _server_id(stream: Stream) -> str:
-    """Random name of the server process (on a cluster, of all its primaries)."""
-    info = stream.redis.info("server")
-    nodes = [info] if "run_id" in info else info.values()
-    return " ".join(sorted(str(node["run_id"]) for node in nodes))
+    """Random name of the server process; on a cluster, of all its primaries."""
+    found = stream.patiently(lambda: [node.info("server")["run_id"] for node in primaries(stream.redis)])
+    return " ".join(sorted(map(str, found)))
 
 
 def _merged(stream: Stream, joined: Joined, known: Known | None) -> Known:
     """What the server says, and what a checkpoint remembers beyond it."""
     ledger = stream.call(Snapshot(full=True))
-    versions = stream.redis.hgetall(stream.key("versions"))
+    versions = stream.patiently(lambda: stream.redis.hgetall(stream.key("versions")))
     fresh = Known(
         nonce=joined.nonce,
         lineage=joined.lineage,
@@ -202,7 +209,7 @@ def _merged(stream: Stream, joined: Joined, known: Known | None) -> Known:
         checkpoint=joined.checkpoint,
         covered=ledger.number("wanted"),
         manifests=ledger.manifests,
-        versions={int(version): digest.decode() for version, digest in versions.items()},  # type: ignore[union-attr]
+        versions={int(version): digest.decode() for version, digest in versions.items()},
     )
     if known is None or known.lineage != fresh.lineage:
         return fresh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
@@ -71,11 +72,15 @@ class Frame(msgspec.Struct, frozen=True):
 
 def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
     """Each row's payload, in order, read by entry id in one round trip (a node), and decoded."""
-    with stream.redis.pipeline(transaction=False) as pipe:
-        for row in rows:
-            name, identity = stream.locate(row.entry)
-            pipe.execute_command("XRANGE", name, identity, identity)
-        found = pipe.execute()
+
+    def fetch() -> list[Any]:
+        with stream.redis.pipeline(transaction=False) as pipe:
+            for row in rows:
+                name, identity = stream.locate(row.entry)
+                pipe.execute_command("XRANGE", name, identity, identity)
+            return pipe.execute()
+
+    found = stream.patiently(fetch)
     return [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
 
 
@@ -87,6 +92,9 @@ def _frame(row: Assignment, entries: Any) -> Frame:
         group = decode(payload, entry=row.entry)
         if group.id != row.group:
             raise RecordError(f"holds {group.id}", field="id", entry=row.entry, group=row.group)
+        if group.version_min != row.version_min:
+            problem = f"got {group.version_min} as the oldest, it was published with {row.version_min}"
+            raise RecordError(problem, field="versions", entry=row.entry, group=row.group)
     except RecordError as problem:
         return Frame(row, payload, None, problem)
     return Frame(row, payload, group, None)
@@ -97,23 +105,28 @@ def sweep(stream: Stream) -> int:
 
     Returns how many. Meant for the learner, now and then; a second sweep at the same time does no harm.
     """
-    trash: Any = stream.redis.lrange(stream.key("trash"), 0, 999)
+    redis, trash_key = stream.redis, stream.key("trash")
+    trash = stream.patiently(lambda: redis.lrange(trash_key, 0, 999))
     for entry in trash:
         name, identity = stream.locate(entry.decode())
-        stream.redis.xdel(name, identity)
+        stream.patiently(partial(redis.xdel, name, identity))
     if trash:
-        stream.redis.ltrim(stream.key("trash"), len(trash), -1)
+        # Should a lost reply make this trim twice, what it trims in vain is swept as an orphan.
+        stream.patiently(lambda: redis.ltrim(trash_key, len(trash), -1))
     return len(trash) + sum(_sweep_orphans(stream, shard) for shard in range(max(1, stream.shards)))
 
 
 def _sweep_orphans(stream: Stream, shard: int) -> int:
     name = shard_key(stream.run, shard) if stream.shards else stream.key("stream")
     # The groups are read after the entries: one that is published in between is in both.
-    aged = stream.redis.execute_command("FCALL_RO", f"{LIBRARY}_aged", 1, name, int(ORPHAN_S * 1000))
-    groups: Any = stream.redis.hvals(stream.key("groups"))
+    aged_ms = int(ORPHAN_S * 1000)
+    aged = stream.patiently(
+        lambda: stream.redis.execute_command("FCALL_RO", f"{LIBRARY}_aged", 1, name, aged_ms)
+    )
+    groups = stream.patiently(lambda: stream.redis.hvals(stream.key("groups")))
     prefix = f"{shard}/" if stream.shards else ""
     known = {msgspec.json.decode(row)["entry"] for row in groups}
     orphans = [entry for entry in aged if prefix + entry.decode() not in known]
     if orphans:
-        stream.redis.xdel(name, *orphans)
+        stream.patiently(lambda: stream.redis.xdel(name, *orphans))
     return len(orphans)

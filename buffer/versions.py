@@ -30,6 +30,8 @@ class Commit(Call[Committed], frozen=True):
     digest: str
     covered: int = -1
     """The last step that no restore can ask for again, -1 for none; its payloads are deleted."""
+    struck: int = -1
+    """Groups that the step trained without, if known: a server that knows of another number is behind."""
 
     def arguments(self) -> list[Any]:
         return ["version", *super().arguments()]

@@ -44,6 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
     redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
     redis.add_argument("--folder", type=Path, default=Path("runs/redis"), help="where it keeps its data")
+    redis.add_argument("--users", action="store_true", help="a user for each role; writes <role>.url files")
+
+    users = _command(
+        subparsers, "redis-users", commands.redis_users, "make a user for each role on a Redis that is there"
+    )
+    users.add_argument("--run", help="users of this run only (default: of all runs)")
+    _redis_option(users)
+
+    doctor = _command(subparsers, "doctor", commands.doctor, "look at how a Redis is set up; 1 if wrong")
+    doctor.add_argument("--run", help="look at the payload limit of this run only")
+    doctor.add_argument("--json", action="store_true", help="print one JSON array")
+    _redis_option(doctor)
 
     sft = _command(subparsers, "sft", commands.sft, "supervised warm-up on a data set's own answers")
     _run_options(sft)

@@ -59,16 +59,56 @@ def actors(args: argparse.Namespace) -> int:
 
 def redis(args: argparse.Namespace) -> int:
     """A private Redis until Ctrl-C."""
+    from contextlib import ExitStack
+
     from buffer.local_server import LocalServer, url_file
     from launch.local import Interrupt
 
     interrupt = Interrupt()
-    with LocalServer.start(args.folder, port=args.port) as server, url_file(args.folder, server.url):
+    with LocalServer.start(args.folder, port=args.port, users=args.users) as server, ExitStack() as files:
+        files.enter_context(url_file(args.folder, server.url))
         print(server.url, flush=True)
+        for role, url in server.urls.items():
+            path = files.enter_context(url_file(args.folder, url, role))
+            print(f"{role}: {url}  (in {path})", flush=True)
         print(f"data in {args.folder}; end it with Ctrl-C", file=sys.stderr)
         while not interrupt.asked and server.process.poll() is None:
             time.sleep(0.2)
     return 0
+
+
+def redis_users(args: argparse.Namespace) -> int:
+    """Users on a Redis that is there, one a role; prints the URLs of those that are new."""
+    from buffer.acl import ROLES, create_users, keep_users, user_name, with_user
+    from buffer.connect import connect
+
+    url, run = _url(args, ""), args.run or ""
+    client = connect(url)
+    created = create_users(client, run)
+    for role in ROLES:
+        name = user_name(role, run)
+        if name in created:
+            print(f"{name}: {with_user(url, name, created[name])}")
+        else:
+            print(f"{name} was there: its rights are renewed, its password is kept", file=sys.stderr)
+    if not keep_users(client):
+        print(
+            "the server has no aclfile and forgets its users when it restarts: name one in its configuration",
+            file=sys.stderr,
+        )
+    client.close()
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Looks at how a Redis is set up; 1 if anything is wrong."""
+    import msgspec
+
+    from launch.doctor import examine, render
+
+    findings = examine(_url(args, ""), args.run)
+    print(msgspec.json.encode(findings).decode() if args.json else render(findings))
+    return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
 def sft(args: argparse.Namespace) -> int:

@@ -261,7 +261,7 @@ local function strike(run, args)
     drop_queued(C, row, reason)
   else
     local manifest = call('HGET', C.key.manifests, step)
-    if not manifest then fail('STEP', 'step ' .. step .. ' has no manifest') end
+    if not manifest then fail(step < C.S.head and 'STEP' or 'BEHIND', 'step ' .. step .. ' has no manifest') end
     manifest = cjson.decode(manifest)
     if manifest.strikes[group] then return cmsgpack.pack({ 'struck' }) end
     local listed = false

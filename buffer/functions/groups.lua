@@ -22,13 +22,18 @@ local function bury(C, row, reason, prompt, payload)
   count(C, 'dead:' .. reason, 1)
 end
 
+-- Queues the prompt of a group again; one that a server which came back older was not fed again yet, when it is.
+local function queue_again(C, queue, row, attempt)
+  if row.position >= C.S.tail then write(C, 'HSET', C.key.skip, row.position, attempt)
+  else queue[#queue + 1] = row.position .. ' ' .. attempt .. ' ' .. row.limit end
+end
+
 -- A prompt whose group came to nothing: back to the head (or tail) of the queue with one more attempt, or retired,
 -- which makes a dead letter with the prompt. A payload that cannot be read makes one in any case.
 local function give_back(C, row, reason, payload, to_tail)
   local attempt = row.attempt + (reason == 'lineage' and 0 or 1)
   if attempt < row.limit then
-    local queue = to_tail and C.tail or C.back
-    queue[#queue + 1] = row.position .. ' ' .. attempt .. ' ' .. row.limit
+    queue_again(C, to_tail and C.tail or C.back, row, attempt)
     if payload ~= '' then bury(C, row, reason, '', payload) end
   else
     bury(C, row, reason, call('HGET', C.key.prompt, row.position) or '', payload)

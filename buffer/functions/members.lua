@@ -117,12 +117,19 @@ local function join_recorder(run, args)
   return joined(C, epoch)
 end
 
+-- A key that only a user of this role may write: functions cannot be told apart by their arguments in an ACL.
+local OWN = { learner = 'config', actor = 'scores:', recorder = 'stop' }
+
 -- Answers {epoch, nonce, lineage, head, version, tail, checkpoint, covered, data_end}.
 local function join(run, args)
-  if args[1] == 'learner' then return join_learner(run, args) end
-  if args[1] == 'actor' then return join_actor(run, args) end
-  if args[1] == 'recorder' then return join_recorder(run, args) end
-  fail('ARGUMENT', 'role: got ' .. tostring(args[1]) .. ', expected learner, actor or recorder')
+  local role = args[1]
+  if not OWN[role] then fail('ARGUMENT', 'role: got ' .. tostring(role) .. ', expected learner, actor or recorder') end
+  if not redis.acl_check_cmd('DEL', run[1] .. ':' .. OWN[role]) then
+    fail('RIGHT', 'this Redis user may not join run ' .. run[1] .. ' as ' .. role .. '; use the user of that role')
+  end
+  if role == 'learner' then return join_learner(run, args) end
+  if role == 'actor' then return join_actor(run, args) end
+  return join_recorder(run, args)
 end
 
 -- heartbeat recorder <name> <epoch> <step>: it has all steps up to this one. Answers {head, version, covered, ended}.

@@ -31,10 +31,11 @@ local function note_trained(C, manifest, step)
   return trained
 end
 
--- commit version <epoch> <version> <digest> <covered>: step version-1 is trained and its weights have this digest.
--- `covered` is the last step that no restore can ask for again, -1 for none. Of a version that is committed already,
+-- commit version <epoch> <version> <digest> <covered> <struck>: step version-1 is trained and its weights have this
+-- digest. `covered` is the last step that no restore can ask for again, -1 for none; `struck` how many strikes the
+-- step has, -1 if not known: a server that came back older may have lost one. Of a version that is committed already,
 -- as in a replay, nothing changes. Answers {version, the digest that counts}.
-local function commit_version(C, version, digest, covered)
+local function commit_version(C, version, digest, covered, struck)
   local S, known = C.S, call('HGET', C.key.versions, version)
   if known then return cmsgpack.pack({ S.version, known }) end
   if version > S.version + 1 or version > S.head then
@@ -44,6 +45,11 @@ local function commit_version(C, version, digest, covered)
   if version <= S.version then fail('STEP', 'version ' .. version .. ' is of another lineage') end
   if covered >= version then fail('ARGUMENT', 'covered: got ' .. covered .. ', beyond the step trained') end
   local manifest = version > 0 and cjson.decode(call('HGET', C.key.manifests, version - 1)) or { rows = {}, strikes = {} }
+  local known_strikes = 0
+  for _ in pairs(manifest.strikes) do known_strikes = known_strikes + 1 end
+  if struck >= 0 and struck ~= known_strikes then
+    fail('BEHIND', 'step ' .. (version - 1) .. ' was trained without ' .. struck .. ' groups, ' .. known_strikes .. ' are struck')
+  end
   local trained = note_trained(C, manifest, version - 1)
   count(C, 'assigned', 0 - trained) -- -0 is no integer to Redis 7.0
   count(C, 'trained', trained)
@@ -61,6 +67,7 @@ end
 -- the oldest one kept is of version `oldest`; payloads of steps below that are deleted. Answers {version, digest}.
 local function commit_checkpoint(C, version, digest, oldest)
   local known = call('HGET', C.key.versions, version)
+  if version > C.S.version then fail('BEHIND', 'checkpoint of version ' .. version .. ', the newest committed is ' .. C.S.version) end
   if known ~= digest then
     fail('DIGEST', 'checkpoint of version ' .. version .. ': got digest ' .. digest .. ', committed is ' .. tostring(known or 'none'))
   end
@@ -76,7 +83,7 @@ local function commit(run, args)
   local C, kind = begin(run), args[1]
   check_epoch(C, 'learner', args[2])
   local version, digest, third = integer(args[3], 'version'), text(args[4], 'digest'), integer(args[5], 'covered')
-  if kind == 'version' then return commit_version(C, version, digest, third) end
+  if kind == 'version' then return commit_version(C, version, digest, third, integer(args[6], 'struck')) end
   if kind == 'checkpoint' then return commit_checkpoint(C, version, digest, third) end
   fail('ARGUMENT', 'kind: got ' .. tostring(kind) .. ', expected version or checkpoint')
 end
@@ -91,7 +98,7 @@ local function abandon_outstanding(C, reason)
   for i = #ready, 1, -1 do
     local row = group_row(C, ready[i])
     drop_queued(C, row, reason)
-    C.back[#C.back + 1] = row.position .. ' ' .. row.attempt .. ' ' .. row.limit
+    queue_again(C, C.back, row, row.attempt)
   end
 end
 
@@ -112,7 +119,7 @@ local function undo_steps(C, from)
       if row then
         write(C, 'HDEL', C.key.groups, one[1])
         delete_payload(C, row)
-        C.back[#C.back + 1] = row.position .. ' ' .. row.attempt .. ' ' .. row.limit
+        queue_again(C, C.back, row, row.attempt)
       end
     end
     write(C, 'HDEL', C.key.manifests, step)

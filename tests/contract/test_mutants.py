@@ -90,12 +90,12 @@ MUTANTS = {
         "(now - S.last)",
     ),
     "a lease that ends does not return its prompt": (
-        "    queue[#queue + 1] = row.position .. ' ' .. attempt .. ' ' .. row.limit\n    if payload",
+        "    queue_again(C, to_tail and C.tail or C.back, row, attempt)\n    if payload",
         "    if payload",
     ),
     "a prompt that returns goes to the tail": (
-        "local queue = to_tail and C.tail or C.back",
-        "local queue = C.tail",
+        "queue_again(C, to_tail and C.tail or C.back, row, attempt)",
+        "queue_again(C, C.tail, row, attempt)",
     ),
     "a prompt is never retired": ("  if attempt < row.limit then", "  if true then"),
     "a fork costs a prompt an attempt": ("(reason == 'lineage' and 0 or 1)", "1"),
