@@ -4,6 +4,7 @@
 #   make accept     the demo on three seeds and its control, timed      (about 10 minutes)
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make nightly    the replay stream's state machine, at length
+#   make bench      the benchmarks of the replay stream                 (about 10 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 # Real text for tests, if it lies beside the checkout.
 export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup demo test check faults nightly accept rehearse clean
+.PHONY: setup demo test check faults nightly accept rehearse bench clean
 
 setup: $(READY)
 
@@ -48,6 +49,15 @@ nightly: $(READY)
 
 accept: $(READY)
 	$(VENV)/bin/python -m pytest -m accept tests/e2e $(ARGS)
+
+$(VENV)/bench/.ready: requirements/bench.txt $(READY)
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/bench -r requirements/bench.txt
+	touch $@
+
+bench: $(VENV)/bench/.ready
+	PYTHONPATH=$(VENV)/bench $(VENV)/bin/python -m benchmarks.queue --json
+	$(VENV)/bin/python -m benchmarks.admission --json
+	$(VENV)/bin/python -m benchmarks.late_policies --plot docs/late_policies.png --json
 
 rehearse:
 	.ci/rehearse

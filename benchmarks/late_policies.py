@@ -122,14 +122,16 @@ def plot(lines: list[dict[str, Any]], learner_s: float, path: Path) -> None:
                         [one["eta"] for one in own], values, f"{style}o", color=f"C{color}", label=label, ms=4
                     )
             panel.grid(alpha=0.3)
+            panel.set_xticks(sorted({one["eta"] for one in lines}))
             if key == "step_s":
                 panel.set_title(f"{fleet} actors" if fleet == EQUAL else "7 actors and one 10 x slower")
-                panel.axhline(learner_s, color="gray", lw=1, ls=":")
-                panel.set_yscale("log")
+                panel.axhline(learner_s, color="gray", lw=1, ls=":", label="the learner alone")
+                panel.set_yscale("log", base=2)
+                panel.yaxis.set_major_formatter("{x:.0f}")
             if key == "violations":
                 panel.set_xlabel("eta, steps")
         pair[0].set_ylabel(name)
-    axes[0][1].legend(fontsize=7, ncols=2)
+    axes[0][1].legend(fontsize=7, ncols=2, handlelength=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -58,6 +58,7 @@ class Ours:
         self.open: dict[str, Ticket] = {}
         self.held: set[str] = set()
         self.withdrawn: set[str] = set()
+        self.queued, self.asked = 0, -1
         self.run.start(*actors, prompts=0)
         self._feed(0)
 
@@ -100,9 +101,15 @@ class Ours:
         epoch = self.run.epochs[ticket.actor]
         call = Publish(group, "", ticket.actor, epoch, ticket.name, 1, ticket.version, versions)
         self.held.discard(ticket.name)
-        return self._call(call, now).status == "ok"
+        taken = self._call(call, now).status == "ok"
+        self.queued += taken
+        return taken
 
     def assign(self, step: int, now: int) -> list[str]:
+        self.withdrawn = set()
+        if self.queued < self.rules.batch and self.asked == step:
+            return []  # asking again before a batch is ready changes nothing
+        self.asked = step
         call = Assign(self.run.epochs["learner"], step)
         with self.stream.redis.pipeline(transaction=False) as pipe:
             self._set_clock(pipe, now)
@@ -110,6 +117,7 @@ class Ours:
             pipe.hkeys(self.stream.key("leased"))
             *_, raw, leased = pipe.execute()
         answer = call.answer(raw)
+        self.queued = answer.ready
         self.withdrawn = self.held - {token.decode() for token in leased}
         self.held -= self.withdrawn
         if answer.status != "batch":

@@ -34,7 +34,7 @@ SIZE_LIMIT = 256 << 20
 _HEADER = struct.Struct("<4sHHIQ")
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=12, write_checksum=True)
 """Level 1, but for short repeats, which byte planes have by chance only: entropy coding does better."""
-_PROBE = 4096
+_PROBE = 2048
 """Bytes in the middle of a part that are compressed first, to see whether it is worth it."""
 _GAIN = 8
 """A part is compressed if the probe loses an eighth of its size at least."""

@@ -67,6 +67,10 @@ MUTANTS = {
     "drop abandons one too many": ("if need <= 0 or one.lease", "if need < 0 or one.lease"),
     "wait abandons like drop": ("(S.policy == 'drop' or lease.probe or late[actor])", "true"),
     "a slow actor's leases are waited for": ("or lease.probe or late[actor])", "or lease.probe)"),
+    "waiting for the last groups is the pace of steps": (
+        "if out(C, math.huge) >= (S.eta + 1) * S.cap then stalled() end",
+        "",
+    ),
     "what was abandoned does not count": (
         "      remember(C, one.lease.actor, S.clock - one.lease.born)\n",
         "",

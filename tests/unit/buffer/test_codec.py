@@ -52,6 +52,8 @@ def test_only_what_shrinks_is_compressed() -> None:
     assert len(pack([noise])) == HEADER + 8 + len(noise)
     assert len(pack([noise + bytes(20_000)])) < HEADER + 8 + 20_100
     assert len(pack([bytes(20_000)])) < 100
+    ends = bytes(1000) + noise + bytes(1000)
+    assert len(pack([ends])) == HEADER + 8 + len(ends), "a part whose middle is noise is not tried"
 
 
 def test_decoded_arrays_are_read_only_and_any_view_encodes() -> None:
