@@ -11,7 +11,7 @@ import torch
 
 from learner.config import ObjectiveConfig
 from learner.errors import ConfigError
-from learner.objective import Totals, objective, token_logprobs
+from learner.objective import Tokens, Totals, objective, token_logprobs
 from tests.unit.learner import reference
 
 SAMPLE = np.array([0, 0, 0, 1, 2, 2, 2, 2])
@@ -46,7 +46,7 @@ def test_loss_and_gradient_equal_the_reference(options: dict[str, str], spread: 
         logprobs, proximal, behaviour, advantages = _tokens(seed, spread)
         variable = torch.tensor(logprobs, requires_grad=True)
         fixed = [torch.tensor(values) for values in (proximal, behaviour, advantages, SAMPLE)]
-        result = objective(variable, *fixed, Totals(*TOTALS), config)
+        result = objective(Tokens(variable, *fixed), Totals(*TOTALS), config)
         result.loss.backward()
 
         def at(values: np.ndarray, rest: tuple = (proximal, behaviour, advantages)) -> float:
@@ -67,11 +67,7 @@ def test_on_policy_gradient_is_the_policy_gradient(correction: str) -> None:
     variable = torch.tensor(logprobs, requires_grad=True)
     fixed = torch.tensor(logprobs)
     result = objective(
-        variable,
-        fixed,
-        fixed,
-        torch.tensor(advantages),
-        torch.tensor(SAMPLE),
+        Tokens(variable, fixed, fixed, torch.tensor(advantages), torch.tensor(SAMPLE)),
         Totals(*TOTALS),
         ObjectiveConfig(correction=correction),
     )
@@ -85,7 +81,9 @@ def test_clipped_marks_exactly_the_tokens_without_gradient() -> None:
     logprobs, _, behaviour, advantages = _tokens(3, 1.0)
     variable = torch.tensor(logprobs, requires_grad=True)
     fixed = [torch.tensor(values) for values in (logprobs, behaviour, advantages, SAMPLE)]
-    result = objective(variable, *fixed, Totals(*TOTALS), ObjectiveConfig(mode="bypass", correction="none"))
+    result = objective(
+        Tokens(variable, *fixed), Totals(*TOTALS), ObjectiveConfig(mode="bypass", correction="none")
+    )
     result.loss.backward()
     assert result.clipped.any()
     assert torch.equal(result.clipped, variable.grad == 0)
@@ -96,7 +94,7 @@ def test_extreme_ratios_stay_finite() -> None:
     fixed = [torch.tensor([-500.0, 0.0]), torch.tensor([0.0, -500.0]), torch.tensor([1.0, -1.0])]
     sample = torch.tensor([0, 1])
     for options in LEGAL:
-        result = objective(variable, *fixed, sample, Totals(2.0, 2.0), ObjectiveConfig(**options))
+        result = objective(Tokens(variable, *fixed, sample), Totals(2.0, 2.0), ObjectiveConfig(**options))
         assert torch.isfinite(result.loss)
 
 
