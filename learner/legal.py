@@ -128,3 +128,13 @@ def _value(config: ObjectiveConfig, path: str) -> object:
     for name in path.split("."):
         tree = tree[name]
     return tree
+
+
+def table() -> str:
+    """`LEGAL` in Markdown."""
+    rows = [
+        f"| {row.loss} | {row.mode} | {row.mini_batches} or more | {', '.join(row.corrections)} |"
+        for row in LEGAL
+    ]
+    head = ["| loss | mode | mini-batches a batch | corrections |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"

@@ -37,7 +37,7 @@ class MiniBatch:
     """What one optimizer step trains, on this rank."""
 
     groups: list[Group]
-    """In canonical order; may be empty if the batch has fewer groups than mini-batches."""
+    """In canonical order; empty where the other ranks have all of the mini-batch."""
     packed: list[Packed]
     totals: Totals
     """Over all data-parallel ranks."""
@@ -49,18 +49,22 @@ Score = Callable[[MicroBatch], torch.Tensor]
 
 def split(
     groups: Sequence[Group],
+    everywhere: Sequence[str],
     count: int,
     step: int,
     budget: int,
     over_ranks: Callable[[list[float]], list[float]],
 ) -> list[MiniBatch]:
-    """`count` mini-batches of consecutive groups, sizes differing by at most 1, packed; advantages still 0.
+    """`count` mini-batches, packed, advantages still 0.
 
-    `over_ranks` adds numbers over the data-parallel ranks; each rank calls it once a mini-batch.
+    `everywhere` holds the ids of all ranks' groups in canonical order: a mini-batch is a run of them, sizes
+    differing by at most 1, so which groups train together does not depend on the layout. `over_ranks`
+    adds numbers over the data-parallel ranks; each rank calls it once a mini-batch.
     """
-    minis = []
+    minis, size = [], len(everywhere)
     for index in range(count):
-        part = list(groups[len(groups) * index // count : len(groups) * (index + 1) // count])
+        members = set(everywhere[size * index // count : size * (index + 1) // count])
+        part = [group for group in groups if group.id in members]
         rows = rows_of_groups(part, [np.zeros(len(group.samples)) for group in part], step)
         batches = pack(rows, budget)
         sizes = [float(sum(len(b.targets) for b in batches)), float(sum(len(b.rows) for b in batches))]

@@ -36,7 +36,7 @@ from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logits
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks
+from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
 from learner.objective import Tokens, Totals, objective, token_logprobs
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, pack, row_of_tokens
@@ -201,7 +201,8 @@ class Trainer:
             chosen = choose(groups, config)
             for group, why in chosen.dropped.items():
                 log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
-            minis = split(chosen.groups, config.mini_batches, step, self._budget, sum_over_ranks)
+            everywhere = union_over_ranks([group.id for group in chosen.groups])
+            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:

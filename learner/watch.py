@@ -63,8 +63,8 @@ class Watch:
         if self._beyond["staleness"] >= limits.steps:
             raise Aborted(
                 f"trained tokens were more than {limits.staleness:g} steps old on average for "
-                f"{limits.steps} steps in a row (objective.abort.staleness); lower stream.max_staleness or rollout.concurrency, or "
-                "shorten answers"
+                f"{limits.steps} steps in a row (objective.abort.staleness); lower "
+                "stream.max_staleness or rollout.concurrency, or shorten answers"
             )
 
     def _tell(self, name: str, stands: bool, text: str) -> None:

@@ -34,20 +34,18 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def merge_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    """The sum by name over the data-parallel ranks; a name that a rank lacks counts 0 there.
-
-    Names in sorted order.
-    """
-    names = sorted(set().union(*_texts_of_ranks("\n".join(sums))) - {""})
+    """The sum by name over the data-parallel ranks, names sorted; one that a rank lacks counts 0 there."""
+    names = union_over_ranks(list(sums))
     return dict(zip(names, sum_over_ranks([sums.get(name, 0.0) for name in names]), strict=True))
 
 
-def _texts_of_ranks(text: str) -> list[list[str]]:
-    """The lines of every rank's `text`; as bytes, since gathering objects would pickle them."""
+def union_over_ranks(names: list[str]) -> list[str]:
+    """Every name, none of them empty or with a line break, that some data-parallel rank has; sorted."""
     group = parallel_state.get_data_parallel_group()
-    encoded = torch.frombuffer(bytearray(text.encode() + b"\n"), dtype=torch.uint8)
+    # As padded bytes: gathering objects would pickle them.
+    encoded = torch.frombuffer(bytearray("\n".join(["", *names]).encode() + b"\n"), dtype=torch.uint8)
     size = int(max_over_ranks([float(len(encoded))])[0])
     padded = torch.nn.functional.pad(encoded, (0, size - len(encoded)), value=ord("\n"))
     gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, padded, group=group)
-    return [bytes(part.tolist()).decode().split("\n") for part in gathered]
+    return sorted({name for part in gathered for name in bytes(part.tolist()).decode().split("\n")} - {""})

@@ -31,6 +31,12 @@ class Tokens:
     """[N]: log-probability under the reference model; None without one."""
     entropy: torch.Tensor | None = None
     """[N]: entropy of pi where each token was drawn, nats; None without an entropy bonus."""
+    stopped: torch.Tensor | None = None
+    """[N]: stopgrad(log pi) apart, for checks of the gradient by finite differences; None: `logprobs`."""
+
+    def stop_gradient(self) -> torch.Tensor:
+        """[N]: stopgrad(log pi), from which every weight and mask is computed."""
+        return self.logprobs.detach() if self.stopped is None else self.stopped
 
 
 @dataclass(frozen=True)

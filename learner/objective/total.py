@@ -41,11 +41,12 @@ def objective(tokens: Tokens, totals: Totals, config: ObjectiveConfig) -> Object
     """
     logprobs, proximal, behaviour = tokens.logprobs, tokens.proximal, tokens.behaviour
     bypass = config.mode == "bypass"
-    log_ratio = (logprobs.detach() if bypass else proximal) - behaviour
+    anchor = behaviour if bypass else proximal
+    log_ratio = (tokens.stop_gradient() if bypass else proximal) - behaviour
     correction = correct(log_ratio, tokens.sample, config)
     # Only the masks in bypass: the ratio itself already stands for pi / mu.
     weights = correction.kept.to(logprobs.dtype) if bypass else correction.weights
-    surrogate = loss_named(config.loss)(logprobs - (behaviour if bypass else proximal), tokens, config)
+    surrogate = loss_named(config.loss)(tokens, anchor, config)
     if surrogate.losses.shape != logprobs.shape:
         raise ConfigError(
             f"objective.loss: `{config.loss}` returned losses of shape {tuple(surrogate.losses.shape)}, "
