@@ -105,4 +105,4 @@ def _explain(message: str) -> str:
     for name in filter(None, section.split(".")):
         struct = next(f.type for f in msgspec.structs.fields(struct) if f.name == name)
         struct = next((t for t in getattr(struct, "__args__", ()) if hasattr(t, "__struct_fields__")), struct)
-    return f"{text}; known are {', '.join(struct.__struct_encode_fields__)}"
+    return f"{text}; known are {', '.join(struct.__struct_fields__)}"
