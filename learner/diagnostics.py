@@ -34,6 +34,30 @@ class Tally:
         if values.size:
             self.maxima[name] = max(self.maxima[name], float(values.max()))
 
+    def __getitem__(self, name: str) -> float:
+        """The sum `name`; 0 if nothing was added to it."""
+        return self.sums.get(name, 0.0)
+
+    def mean(self, name: str, count: str) -> float | None:
+        """The sum `name` over the sum `count`; None over 0."""
+        return _ratio(self[name], self[count])
+
+    def deviation(self, name: str, count: str) -> float | None:
+        """Population standard deviation of what was added to `name` and squared to `name squared`."""
+        if not self[count]:
+            return None
+        return max(0.0, self[f"{name} squared"] / self[count] - (self[name] / self[count]) ** 2) ** 0.5
+
+    def effective(self, name: str, count: str) -> float | None:
+        """(sum w)^2 / (n sum w^2); 0 if every weight is 0, None of no weights."""
+        squares = self[f"{name} squared"]
+        return _ratio(self[name] ** 2 / squares if squares else 0.0, self[count])
+
+    def histogram(self, prefix: str) -> dict[int, float]:
+        """Value -> sum, of the sums whose name is `prefix` and a whole number; by rising value."""
+        found = {int(name.removeprefix(prefix)): self[name] for name in self.sums if name.startswith(prefix)}
+        return dict(sorted(found.items()))
+
     def merged(
         self,
         merge: Callable[[dict[str, float]], dict[str, float]],
@@ -53,18 +77,18 @@ def count_tokens(
     difference = _array(tokens.proximal) - _array(tokens.behaviour)
     ratio = np.exp(np.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     k3 = ratio - 1 - difference
-    weights, bound, ages = _array(result.weights), result.bound.numpy(), staleness.numpy()
+    weights, bound, ages = _array(result.weights), result.bound.cpu().numpy(), staleness.cpu().numpy()
     tally.add("loss", result.loss.item())
     tally.add("tokens", len(ratio))
-    tally.add("entropy", _array(entropy.detach()))
+    tally.add("entropy", _array(entropy))
     for name, values in (("u", ratio), ("w", weights)):
         tally.add(name, values)
         tally.add(f"{name} squared", np.square(values))
     tally.add("masked", weights == 0)
-    tally.add("truncated", result.truncated.numpy())
+    tally.add("truncated", result.truncated.cpu().numpy())
     for name, code in (("low", LOW), ("high", HIGH), ("dual", DUAL)):
         tally.add(name, bound == code)
-    firsts = np.flatnonzero(np.diff(tokens.sample.numpy(), prepend=-1))
+    firsts = np.flatnonzero(np.diff(tokens.sample.cpu().numpy(), prepend=-1))
     tally.add("first weights", weights[firsts])
     tally.add("firsts", len(firsts))
     for age in np.unique(ages):
@@ -74,7 +98,7 @@ def count_tokens(
         tally.add(f"k3 at {age}", k3[chosen])
     tally.top("ratio", np.abs(ratio - 1))
     if tokens.reference is not None:
-        away = _array(tokens.logprobs.detach()) - _array(tokens.reference)
+        away = _array(tokens.logprobs) - _array(tokens.reference)
         tally.add("reference k1", away)
         tally.add("reference k3", np.exp(np.clip(-away, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) - 1 + away)
         tally.add("reference tokens", len(away))
@@ -120,66 +144,67 @@ def count_groups(
 
 def summary(tally: Tally, vtrace: bool) -> Metrics:
     """The figures of `learner.metrics` that come from a tally; None where nothing was counted."""
+    return {"loss": tally["loss"], **_of_groups(tally), **_of_policies(tally), **_of_weights(tally, vtrace)}
 
-    def share(name: str, of: str) -> float | None:
-        return _ratio(tally.sums.get(name, 0.0), tally.sums.get(of, 0.0))
 
-    def deviation(name: str, of: str) -> float | None:
-        mean, square = share(name, of), share(f"{name} squared", of)
-        return None if mean is None or square is None else max(0.0, square - mean**2) ** 0.5
-
-    def effective(name: str) -> float | None:
-        count, squares = tally.sums.get("tokens", 0.0), tally.sums.get(f"{name} squared", 0.0)
-        return (tally.sums[name] ** 2 / (count * squares) if squares else 0.0) if count else None
-
-    ages, sums = _histogram(tally, _TOKEN_STALENESS), tally.sums
-    parts = sorted(name.removeprefix(_PART) for name in sums if name.startswith(_PART))
-    fresh = f"{_TOKEN_STALENESS}0"
-    clips = [share(name, "tokens") for name in ("low", "high", "dual")]
+def _of_groups(tally: Tally) -> Metrics:
+    """Counts, rewards, advantages, lengths, staleness."""
+    parts = sorted(name.removeprefix(_PART) for name in tally.sums if name.startswith(_PART))
     return {
-        "loss": sums.get("loss", 0.0),
-        "tokens": sums.get("tokens", 0.0),
-        "samples": sums.get("samples", 0.0),
-        "groups": sums.get("groups", 0.0),
-        "groups_dropped": sums.get("dropped", 0.0),
-        "samples_invalid": sums.get("invalid", 0.0),
-        "samples_masked": sums.get("left out", 0.0),
-        "reward_mean": share("reward", "valid"),
-        "reward_std": deviation("reward", "valid"),
-        "reward_constant": share("constant", "batch"),
-        "reward_shaped": share("shaped", "samples"),
-        **{f"reward/{part}": share(_PART + part, f"with {part}") for part in parts},
-        "advantage_mean": share("advantage", "samples"),
-        "advantage_std": deviation("advantage", "samples"),
+        "tokens": tally["tokens"],
+        "samples": tally["samples"],
+        "groups": tally["groups"],
+        "groups_dropped": tally["dropped"],
+        "samples_invalid": tally["invalid"],
+        "samples_masked": tally["left out"],
+        "reward_mean": tally.mean("reward", "valid"),
+        "reward_std": tally.deviation("reward", "valid"),
+        "reward_constant": tally.mean("constant", "batch"),
+        "reward_shaped": tally.mean("shaped", "samples"),
+        **{f"reward/{part}": tally.mean(_PART + part, f"with {part}") for part in parts},
+        "advantage_mean": tally.mean("advantage", "samples"),
+        "advantage_std": tally.deviation("advantage", "samples"),
         "advantage_max": tally.maxima["advantage"],
-        "advantage_zero": share("no advantage", "samples"),
-        "answer_length_mean": share("length", "valid"),
+        "advantage_zero": tally.mean("no advantage", "samples"),
+        "answer_length_mean": tally.mean("length", "valid"),
         "answer_length_max": tally.maxima["length"],
-        "trained_length_mean": share("tokens", "samples"),
-        "truncated": share("cut", "valid"),
-        **_spread("staleness", _histogram(tally, _GROUP_STALENESS)),
-        **_spread("token_staleness", ages),
-        "entropy": share("entropy", "tokens"),
+        "trained_length_mean": tally.mean("tokens", "samples"),
+        "truncated": tally.mean("cut", "valid"),
+        **_spread("staleness", tally.histogram(_GROUP_STALENESS)),
+        **_spread("token_staleness", tally.histogram(_TOKEN_STALENESS)),
+    }
+
+
+def _of_policies(tally: Tally) -> Metrics:
+    """How far the policies are from each other."""
+    ages = tally.histogram(_TOKEN_STALENESS)
+    found: Metrics = {
+        "entropy": tally.mean("entropy", "tokens"),
         "ratio_deviation_max": tally.maxima["ratio"],
-        "mismatch_k1": share("k1 at 0", fresh),
-        "mismatch_k3": share("k3 at 0", fresh),
-        "kl_k1": _ratio(sum(sums[f"k1 at {age}"] for age in ages), sums.get("tokens", 0.0)),
-        "kl_k3": _ratio(sum(sums[f"k3 at {age}"] for age in ages), sums.get("tokens", 0.0)),
-        **{
-            f"kl_{k}/{age}": share(f"{k} at {age}", f"{_TOKEN_STALENESS}{age}")
-            for k in ("k1", "k3")
-            for age in ages
-        },
-        "kl_reference_k1": share("reference k1", "reference tokens"),
-        "kl_reference_k3": share("reference k3", "reference tokens"),
-        "clip_fraction": None if None in clips else float(sum(clips)),
-        **dict(zip(("clip_low", "clip_high", "clip_dual"), clips, strict=True)),
-        "weight_mean": share("w", "tokens"),
-        "weight_truncated": share("truncated", "tokens"),
-        "masked": share("masked", "tokens"),
-        "ess": effective("w"),
-        "ess_raw": effective("u"),
-        "first_weight": share("first weights", "firsts") if vtrace else None,
+        "kl_reference_k1": tally.mean("reference k1", "reference tokens"),
+        "kl_reference_k3": tally.mean("reference k3", "reference tokens"),
+    }
+    for k in ("k1", "k3"):
+        by_age = {age: tally.mean(f"{k} at {age}", f"{_TOKEN_STALENESS}{age}") for age in ages}
+        found[f"mismatch_{k}"] = by_age.get(0)
+        found[f"kl_{k}"] = _ratio(sum(tally[f"{k} at {age}"] for age in ages), tally["tokens"])
+        found |= {f"kl_{k}/{age}": value for age, value in by_age.items()}
+    return found
+
+
+def _of_weights(tally: Tally, vtrace: bool) -> Metrics:
+    """What correction and clips did."""
+    clips = {f"clip_{name}": tally.mean(name, "tokens") for name in ("low", "high", "dual")}
+    clipped = sum(tally[name] for name in ("low", "high", "dual"))
+    return {
+        "clip_fraction": _ratio(clipped, tally["tokens"]),
+        **clips,
+        "weight_mean": tally.mean("w", "tokens"),
+        "weight_truncated": tally.mean("truncated", "tokens"),
+        "masked": tally.mean("masked", "tokens"),
+        "ess": tally.effective("w", "tokens"),
+        "ess_raw": tally.effective("u", "tokens"),
+        "first_weight": tally.mean("first weights", "firsts") if vtrace else None,
     }
 
 
@@ -207,17 +232,11 @@ class Stopwatch:
 
 
 def _array(values: torch.Tensor) -> np.ndarray:
-    return values.double().numpy()
+    return values.detach().double().cpu().numpy()
 
 
 def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
-
-
-def _histogram(tally: Tally, prefix: str) -> dict[int, float]:
-    """Staleness -> how many, by rising staleness."""
-    found = {int(name.removeprefix(prefix)): n for name, n in tally.sums.items() if name.startswith(prefix)}
-    return dict(sorted(found.items()))
 
 
 def _spread(name: str, histogram: dict[int, float]) -> Metrics:
