@@ -144,7 +144,7 @@ def count_groups(
 
 def summary(tally: Tally, vtrace: bool) -> Metrics:
     """The figures of `learner.metrics` that come from a tally; None where nothing was counted."""
-    return {"loss": tally["loss"], **_of_groups(tally), **_of_policies(tally), **_of_weights(tally, vtrace)}
+    return {**_of_groups(tally), **_of_policies(tally), **_of_weights(tally, vtrace)}
 
 
 def _of_groups(tally: Tally) -> Metrics:

@@ -24,7 +24,7 @@ class Metric:
 
 METRICS = (
     Metric("step", "version", "t: the version that was trained"),
-    Metric("loss", "loss", "of the whole batch, penalties included"),
+    Metric("loss", "loss", "of the batch, penalties included; mean over its mini-batches"),
     Metric("grad_norm", "loss / weight", "global norm before clipping; the largest of the mini-batches"),
     Metric("skipped", "updates", "optimizer steps left out: gradient not finite, or nothing to train"),
     Metric("lr", "-", "learning rate"),

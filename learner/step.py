@@ -116,8 +116,10 @@ class Trainer:
         norms = [self._train(mini, step, lr, watch, tally) for mini in minis]
         self.version += 1
         done = [norm for norm in norms if norm is not None]
+        total = tally.merged(merge_over_ranks, max_over_ranks)
         metrics = {
-            **summary(tally.merged(merge_over_ranks, max_over_ranks), self._objective.correction == "vtrace"),
+            **summary(total, self._objective.correction == "vtrace"),
+            "loss": total["loss"] / max(1, len(done)),
             "lr": lr,
             "grad_norm": max(done, key=lambda norm: (not math.isfinite(norm), norm), default=None),
             "skipped": float(len(norms) - sum(map(math.isfinite, done))),
