@@ -15,6 +15,7 @@ from learner.config import AbortConfig, KlConfig, ModelConfig, ObjectiveConfig, 
 from learner.errors import Aborted, ConfigError, ModelError
 from learner.legal import LEGAL
 from learner.metrics import row_of
+from learner.minibatch import less_divergence, scored, split
 from learner.objective import Tokens
 from learner.objective.losses import Surrogate
 from learner.step import Trainer
@@ -337,3 +338,19 @@ def test_length_of_a_group_and_advantages_are_those_of_valid_samples(make_checkp
     groups[0].samples[3].finish_reason = "reward"  # rewards left: 0, 1, 0
     metrics = trainer_with(folder, ObjectiveConfig(advantage="dr_grpo")).train_step(groups, 0)
     assert metrics["advantage_max"] == pytest.approx(2 / 3)
+
+
+def test_each_sample_pays_for_its_own_tokens() -> None:
+    """Packing reorders samples; here a policy whose log-ratio to the reference is a token's id / 100."""
+    groups = batch_of(0)
+    minis = split(groups, [group.id for group in groups], 2, 0, 40, list)
+    minis = scored(minis, lambda batch: batch.targets / 100, "proximal")
+    minis = scored(minis, lambda batch: torch.zeros(len(batch.targets)), "reference")
+    priced = less_divergence(minis, ObjectiveConfig(kl=KlConfig(coefficient=2.0)))
+    paid = [sample.reward for mini in priced for group in mini.groups for sample in group.samples]
+    expected = [
+        sample.reward - 2 * sample.tokens[sample.prompt_length :].sum() / 100
+        for group in groups
+        for sample in group.samples
+    ]
+    np.testing.assert_allclose(paid, expected, rtol=1e-6)
