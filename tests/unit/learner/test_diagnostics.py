@@ -28,14 +28,15 @@ AGES = torch.tensor([0, 2, 2, 0])
 def tally_of(
     config: ObjectiveConfig, u: np.ndarray = U, ages: torch.Tensor = AGES, reference: bool = False
 ) -> Tally:
-    proximal = torch.tensor(np.log(u), requires_grad=False)
+    proximal = torch.tensor(np.log(u)) - 1.0
+    logprobs = proximal + 0.01  # pi has moved on from pi_p, as in a second mini-batch
     tokens = Tokens(
-        logprobs=proximal.clone().requires_grad_(),
+        logprobs=logprobs.clone().requires_grad_(),
         proximal=proximal,
-        behaviour=torch.zeros(len(u), dtype=torch.float64),
+        behaviour=torch.full((len(u),), -1.0, dtype=torch.float64),
         advantages=torch.ones(len(u), dtype=torch.float64),
         sample=torch.arange(len(u)) // 2,
-        reference=proximal - 0.5 if reference else None,
+        reference=logprobs - 0.5 if reference else None,
     )
     tally = Tally()
     result = objective(tokens, Totals(float(len(u)), len(u) / 2), config)
