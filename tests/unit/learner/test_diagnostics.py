@@ -79,7 +79,9 @@ def test_effective_sample_size_of_weights_and_of_ratios() -> None:
 
 
 def test_masked_tokens_count_in_denominators_and_in_the_share() -> None:
-    found = figures(ObjectiveConfig(correction="icepop", icepop_high=3.0))  # weights 0.5, 1, 0, 2
+    found = figures(
+        ObjectiveConfig(correction="icepop", icepop_low=0.4, icepop_high=3.0)
+    )  # weights 0.5, 1, 0, 2
     assert found["masked"] == 0.25
     assert found["ess"] == pytest.approx(3.5**2 / (4 * 5.25))
     everything = figures(ObjectiveConfig(correction="geo"))
