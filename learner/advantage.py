@@ -7,9 +7,15 @@ standard deviation would blow up.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from learner.errors import BatchError
+
+Sum = Callable[[list[float]], list[float]]
+"""Adds each of several numbers over the data-parallel ranks; `list` in a world of one."""
 
 EPSILON = 1e-5
 """Added to a standard deviation before dividing by it."""
@@ -35,17 +41,26 @@ def rloo(rewards: np.ndarray) -> np.ndarray:
     return dr_grpo(rewards) * (size / (size - 1))
 
 
-def reinforce_pp(groups: list[np.ndarray]) -> list[np.ndarray]:
-    """(r - group mean) / (population std of that over the batch + 1e-5) (REINFORCE++, arXiv 2501.03262)."""
+def reinforce_pp(groups: list[np.ndarray], over_ranks: Sum = list) -> list[np.ndarray]:
+    """(r - group mean) / (its population std over the global batch + 1e-5) (REINFORCE++, arXiv 2501.03262).
+
+    `over_ranks` adds numbers over the data-parallel ranks, each of which holds other groups.
+    """
     centred = [dr_grpo(rewards) for rewards in groups]
-    scale = np.concatenate(centred).std() + EPSILON
+    local = [float(sum(len(values) for values in centred)), float(sum(values.sum() for values in centred))]
+    count, total = over_ranks(local)
+    mean = total / count if count else 0.0
+    (squares,) = over_ranks([float(sum(np.square(values - mean).sum() for values in centred))])
+    scale = math.sqrt(squares / count) + EPSILON if count else 1.0
     return [values / scale for values in centred]
 
 
-def advantages(name: str, groups: list[np.ndarray]) -> list[np.ndarray]:
+def advantages(name: str, groups: list[np.ndarray], over_ranks: Sum = list) -> list[np.ndarray]:
     """Advantages of a batch, a float64 [G] for each group's rewards, in the same order.
 
-    Raises `BatchError` for a group of fewer than 2 samples, which has no baseline.
+    The rewards are those of valid samples only (`learner.samples`). `over_ranks` adds a list of numbers
+    over the data-parallel ranks; every rank calls it equally often. Raises `BatchError` for a group of
+    fewer than 2 samples, which has no baseline.
     """
     for index, rewards in enumerate(groups):
         if len(rewards) < 2:
@@ -55,7 +70,7 @@ def advantages(name: str, groups: list[np.ndarray]) -> list[np.ndarray]:
             )
     rewards = [np.asarray(values, np.float64) for values in groups]
     if name == "reinforce_pp":
-        return reinforce_pp(rewards)
+        return reinforce_pp(rewards, over_ranks)
     formula = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}[name]
     return [formula(values) for values in rewards]
 

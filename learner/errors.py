@@ -24,3 +24,7 @@ class BatchError(LearnerError):
 
 class DataError(LearnerError):
     """A data set that cannot be asked: a missing file, a line that is not an example, no short prompt."""
+
+
+class Aborted(LearnerError):
+    """A run that a threshold of `objective.abort` ended; the message says what to change."""

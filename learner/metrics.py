@@ -1,69 +1,113 @@
-"""What a step reports of its tokens: how far the policies are apart, and what the correction did."""
+"""Every figure a step reports: its name, unit and meaning, in one table.
+
+`docs/objectives.md` ends in this table, and a test keeps the two and the steps' own output equal. A figure
+without a value, such as the mismatch of a step without fresh tokens, is null (None).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from learner.objective import LOG_RATIO_LIMIT, Objective
-from learner.packing import MicroBatch
+Metrics = dict[str, float | None]
+"""Figures by name."""
 
 
-@dataclass(eq=False)
-class TokenRecord:
-    """Token values of a step's micro-batches, collected while they train."""
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table."""
 
-    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Name -> one array [N] a micro-batch."""
-    loss: float = 0.0
-    """The batch's loss so far."""
+    name: str
+    """As in `metrics.jsonl`; `<s>` stands for a staleness in steps, `<part>` for a part of the reward."""
+    unit: str
+    meaning: str
 
-    def add(
-        self, batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor, result: Objective
-    ) -> None:
-        """Take the values [N] of one micro-batch."""
-        values = {
-            "log_ratio": logprobs.detach() - batch.behaviour,
-            "entropy": entropy,
-            "weight": result.weights,
-            "clipped": result.clipped,
-            "staleness": batch.staleness,
-        }
-        for name, tensor in values.items():
-            self.columns.setdefault(name, []).append(tensor.numpy())
-        self.loss += result.loss.item()
 
-    def summary(self) -> dict[str, float]:
-        """Means over the trained tokens, in float64.
+METRICS = (
+    Metric("step", "version", "t: the version that was trained"),
+    Metric("loss", "loss", "of the batch, penalties included; mean over its mini-batches"),
+    Metric("grad_norm", "loss / weight", "global norm before clipping; the largest of the mini-batches"),
+    Metric("skipped", "updates", "optimizer steps left out: gradient not finite, or nothing to train"),
+    Metric("lr", "-", "learning rate"),
+    Metric("tokens", "tokens", "trained, by the loss masks"),
+    Metric("samples", "samples", "trained"),
+    Metric("groups", "groups", "trained"),
+    Metric("groups_dropped", "groups", "fewer than 2 valid samples"),
+    Metric("samples_invalid", "samples", "generation or reward failed"),
+    Metric("samples_masked", "samples", "left out by overlong = mask"),
+    Metric("micro_batches", "forward passes", "of this rank, with gradient"),
+    Metric("reward_mean", "reward", "of valid samples, as the reward function gave it"),
+    Metric("reward_std", "reward", "over valid samples, population"),
+    Metric("reward_constant", "share of groups", "equal rewards: nothing to learn from"),
+    Metric("reward_shaped", "reward", "of trained samples, after overlong penalty and KL in the reward"),
+    Metric("reward/<part>", "reward", "mean of a named part over valid samples that have it"),
+    Metric("advantage_mean", "advantage", "over trained samples"),
+    Metric("advantage_std", "advantage", "over trained samples, population"),
+    Metric("advantage_max", "advantage", "largest absolute value"),
+    Metric("advantage_zero", "share of samples", "without effect on the policy"),
+    Metric("answer_length_mean", "tokens", "generated, of valid samples"),
+    Metric("answer_length_max", "tokens", "generated, of valid samples"),
+    Metric("trained_length_mean", "tokens", "inside the loss mask, of trained samples"),
+    Metric("truncated", "share of samples", "valid ones cut off at the token limit"),
+    Metric("staleness_mean", "steps", "of a group: t minus its oldest version"),
+    Metric("staleness_p50", "steps", "median over groups"),
+    Metric("staleness_p90", "steps", "9 groups in 10 are at most so old"),
+    Metric("staleness_max", "steps", "of a group"),
+    Metric("token_staleness_mean", "steps", "of a trained token: t minus the version that wrote it"),
+    Metric("token_staleness_p50", "steps", "median over trained tokens"),
+    Metric("token_staleness_p90", "steps", "9 trained tokens in 10 are at most so old"),
+    Metric("token_staleness_max", "steps", "of a trained token"),
+    Metric("entropy", "nats", "of pi, mean over trained tokens"),
+    Metric("ratio_deviation_max", "-", "largest |pi_p / mu - 1| of a trained token"),
+    Metric("mismatch_k1", "nats", "KL(mu || pi_p) by k1 over tokens that version t wrote; null without any"),
+    Metric("mismatch_k3", "nats", "the same by k3: engine against learner at equal weights"),
+    Metric("kl_k1", "nats", "off-policy KL(mu || pi_p) by k1: mean of log mu - log pi_p"),
+    Metric("kl_k3", "nats", "the same by k3: mean of e^d - 1 - d, d = log pi_p - log mu"),
+    Metric("kl_k1/<s>", "nats", "kl_k1 over tokens of staleness s"),
+    Metric("kl_k3/<s>", "nats", "kl_k3 over tokens of staleness s"),
+    Metric(
+        "kl_reference_k1", "nats", "KL(pi || ref) by k1, mean over trained tokens; null without a reference"
+    ),
+    Metric("kl_reference_k3", "nats", "the same by k3"),
+    Metric("clip_fraction", "share of tokens", "that a bound of the loss reached"),
+    Metric("clip_low", "share of tokens", "at the loss's lower clip"),
+    Metric("clip_high", "share of tokens", "at the loss's upper clip or cap"),
+    Metric("clip_dual", "share of tokens", "at the dual clip"),
+    Metric("weight_mean", "-", "of the correction"),
+    Metric("weight_truncated", "share of tokens", "whose ratio the correction cut down to its cap"),
+    Metric("masked", "share of tokens", "that the correction gives weight 0"),
+    Metric("ess", "share of tokens", "effective sample size (sum w)^2 / (n sum w^2) of the weights"),
+    Metric("ess_raw", "share of tokens", "the same of the ratios pi_p / mu as they are"),
+    Metric("first_weight", "-", "vtrace: mean weight of an answer's first trained token; null otherwise"),
+    Metric("seconds", "s", "of the whole step"),
+    Metric("seconds_pack", "s", "choosing, packing, advantages"),
+    Metric("seconds_score", "s", "forward passes without gradient: pi_p, reference"),
+    Metric("seconds_forward", "s", "forward passes with gradient"),
+    Metric("seconds_backward", "s", "backward passes, gradients summed over ranks"),
+    Metric("seconds_update", "s", "gradient clipping and optimizer"),
+    Metric("seconds_wait", "s", "without a batch to train"),
+    Metric("seconds_fetch", "s", "reading and decoding the batch"),
+    Metric("seconds_publish", "s", "export, digest and commit of the new version"),
+    Metric("seconds_push", "s", "of the newest finished push of weights"),
+    Metric("queued", "groups", "ready and left in the queue"),
+    Metric("tokens_per_second", "tokens/s", "trained, since the first step began"),
+    Metric("time_batch", "s since 1970", "when the learner began to look for the batch"),
+    Metric("time", "s since 1970", "when the step was published"),
+)
 
-        `ratio_deviation_max` is the largest |pi / mu - 1|; `ess` is (sum w)^2 / (n sum w^2), 0 when every
-        weight is 0; `kl_k1` = mean(-d) and `kl_k3` = mean(e^d - 1 - d) with d = log pi - log mu estimate
-        KL(mu || pi), also for each staleness s as `kl_k1/s`, `kl_k3/s`; `masked` is the share of tokens
-        of weight 0.
-        """
-        columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
-        log_ratio = columns["log_ratio"].astype(np.float64)
-        weight = columns["weight"].astype(np.float64)
-        squares = float(np.square(weight).sum())
-        staleness = columns["staleness"]
-        ratio = np.exp(np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-        kinds = {"": np.ones(len(log_ratio), bool)}
-        kinds |= {f"/{value}": staleness == value for value in np.unique(staleness)}
-        divergences = {}
-        for suffix, chosen in kinds.items():
-            divergences["kl_k1" + suffix] = float(-log_ratio[chosen].mean())
-            divergences["kl_k3" + suffix] = float((ratio - 1 - log_ratio)[chosen].mean())
-        return {
-            "loss": self.loss,
-            "entropy": float(columns["entropy"].mean(dtype=np.float64)),
-            "ratio_deviation_max": float(np.abs(ratio - 1).max()),
-            "clip_fraction": float(columns["clipped"].mean()),
-            "weight_mean": float(weight.mean()),
-            "masked": float((weight == 0).mean()),
-            "ess": float(weight.sum()) ** 2 / (len(weight) * squares) if squares else 0.0,
-            "token_staleness_mean": float(staleness.mean()),
-            "tokens": float(len(log_ratio)),
-            **divergences,
-        }
+
+def row_of(name: str) -> Metric | None:
+    """The table's row for a reported name, such as `kl_k3/<s>` for `kl_k3/2`; None if it has none."""
+    stem, slash, _ = name.partition("/")
+    for metric in METRICS:
+        if metric.name == name or (slash and metric.name.startswith(stem + "/<")):
+            return metric
+    return None
+
+
+def table() -> str:
+    """The table in Markdown."""
+    rows = [
+        f"| `{metric.name}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |"
+        for metric in METRICS
+    ]
+    return "\n".join(["| name | unit | meaning |", "|---|---|---|", *rows]) + "\n"

@@ -82,4 +82,4 @@ class RunRecord:
 
 
 def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return "nan" if value is None else f"{value:.6g}" if isinstance(value, float) else value

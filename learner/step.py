@@ -11,11 +11,12 @@ Worked example::
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,24 @@ from buffer.schema import Group
 from learner.advantage import advantages
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
-from learner.errors import BatchError
-from learner.metrics import TokenRecord
+from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
+from learner.errors import BatchError, ConfigError
+from learner.legal import idle_settings
+from learner.metrics import Metrics
+from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logits
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from learner.model.world import sum_over_ranks
-from learner.objective import Totals, objective, token_logprobs
-from learner.packing import MicroBatch, pack, row_of_tokens, rows_of_groups
+from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
+from learner.objective import Tokens, Totals, objective, token_logprobs
+from learner.objective.losses import loss_named
+from learner.packing import MicroBatch, pack, row_of_tokens
+from learner.reference import Reference
+from learner.samples import choose
+from learner.watch import Watch
+
+log = logging.getLogger("learner.step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,64 +72,62 @@ class Trainer:
     ) -> None:
         """Build the model of the checkpoint in `folder` and load its weights.
 
-        `seed` only drives the control run's permutation. Raises `ModelError` for a checkpoint that
-        cannot be trained exactly.
+        `seed` only drives the control run's permutation. Settings without effect are warned of. Raises
+        `ModelError` for a checkpoint that cannot be trained exactly, `ConfigError` for a loss that cannot
+        be imported.
         """
-        if objective.mode == "decoupled" and (objective.clip_low, objective.clip_high) != (0.2, 0.2):
-            warnings.warn(
-                "objective.clip_low / clip_high have no effect in mode `decoupled` with one optimizer step a "
-                "batch, where the ratio is 1; the correction bounds the step instead",
-                stacklevel=2,
-            )
+        for sentence in idle_settings(objective):
+            warnings.warn(sentence, stacklevel=2)
+        loss_named(objective.loss)
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self._folder = folder
         self._budget = model.micro_batch_tokens
         self._schedule = optimizer
         self._objective = objective
+        self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape)
+        self._reference: Reference | None = None
+        if objective.kl.coefficient and objective.kl.reference:
+            load_hf(self._model, self._shape, Path(objective.kl.reference))
+            self._reference = Reference(self._model)
         load_hf(self._model, self._shape, folder)
         self._parallel = data_parallel(self._model)
         self._optimizer = build_optimizer(self._parallel, optimizer)
 
-    def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Train version `step` on `groups` and return the metrics; the version is `step` + 1 afterwards.
+    def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
+        """Train version `step` on `groups` and return its metrics; the version is `step` + 1 afterwards.
 
-        Groups are taken in the order of their ids, so arrival order cannot matter. A gradient whose
-        norm is not finite changes no weight and is reported as `skipped` 1. Raises `BatchError` for a
-        step other than the current version, no groups, or a group of fewer than 2 samples.
+        Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
+        valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
+        is reported as `skipped`, as is a batch without a trained token. Raises `BatchError` for a step
+        other than the current version or no groups, `Aborted` when a threshold ended the run.
         """
-        started = time.perf_counter()
         if step != self.version:
             raise BatchError(f"step {step}: the weights are version {self.version}; train that step first")
         if not groups:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
-        groups = sorted(groups, key=lambda group: group.id)
-        rows = rows_of_groups(groups, self._advantages(groups, step), step)
-        batches = pack(rows, self._budget)
-        packed = time.perf_counter()
-        record = TokenRecord()
-        totals = Totals(*sum_over_ranks(_sizes(batches)))
-        self._accumulate(batches, lambda batch: self._loss(batch, totals, record))
-        accumulated = time.perf_counter()
+        self._watch.check()
+        watch, tally = Stopwatch(), Tally()
+        minis = self._mini_batches(sorted(groups, key=lambda group: group.id), step, watch, tally)
         lr = learning_rate(self._schedule, step)
-        norm = self._update(lr)
+        norms = [self._train(mini, step, lr, watch, tally) for mini in minis]
         self.version += 1
-        finished = time.perf_counter()
-        return {
-            **record.summary(),
-            **_group_metrics(groups, step),
+        done = [norm for norm in norms if norm is not None]
+        total = tally.merged(merge_over_ranks, max_over_ranks)
+        metrics = {
+            **summary(total, self._objective.correction == "vtrace"),
+            "loss": total["loss"] / max(1, len(done)),
             "lr": lr,
-            "grad_norm": norm,
-            "skipped": float(not math.isfinite(norm)),
-            "micro_batches": float(len(batches)),
-            "seconds": finished - started,
-            "seconds_pack": packed - started,
-            "seconds_gradient": accumulated - packed,
-            "seconds_update": finished - accumulated,
+            "grad_norm": max(done, key=lambda norm: (not math.isfinite(norm), norm), default=None),
+            "skipped": float(len(norms) - sum(map(math.isfinite, done))),
+            "micro_batches": float(sum(len(mini.packed) for mini in minis)),
+            **watch.seconds(),
         }
+        self._watch.see(step, metrics)
+        return metrics
 
     def sft_step(self, samples: Sequence[tuple[list[int], list[int]]], lr: float) -> dict[str, float]:
         """One supervised step on (prompt ids, answer ids): the mean cross-entropy of answer tokens.
@@ -128,7 +136,7 @@ class Trainer:
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
         batches = pack(rows, self._budget)
-        tokens, _ = sum_over_ranks(_sizes(batches))
+        (tokens,) = sum_over_ranks([float(sum(len(batch.targets) for batch in batches))])
         losses: list[float] = []
 
         def loss(batch: MicroBatch) -> torch.Tensor:
@@ -137,7 +145,7 @@ class Trainer:
             losses.append(total.item())
             return total
 
-        self._accumulate(batches, loss)
+        self._accumulate([partial(loss, batch) for batch in batches], Stopwatch())
         norm = self._update(lr)
         return {"loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": tokens}
 
@@ -186,39 +194,98 @@ class Trainer:
         inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
         self.version = snapshot.version
 
+    def _mini_batches(
+        self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
+    ) -> list[MiniBatch]:
+        """What the step trains, ready to be trained; counts the groups."""
+        config, kl = self._objective, self._objective.kl
+        with watch("pack"):
+            chosen = choose(groups, config)
+            for group, why in chosen.dropped.items():
+                log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
+            everywhere = union_over_ranks([group.id for group in chosen.groups])
+            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
+        priced = kl.coefficient > 0 and kl.where == "reward"
+        with watch("score"):
+            if config.mini_batches > 1 or priced:
+                minis = scored(minis, self._score, "proximal")
+            if kl.coefficient:
+                with self._reference_at(step).in_place(self._model):
+                    minis = scored(minis, self._score, "reference")
+        with watch("pack"):
+            if priced:
+                minis = less_divergence(minis, config)
+            shaped = [group for mini in minis for group in mini.groups]
+            values = self._advantages(shaped, step)
+            count_groups(tally, groups, chosen, shaped, values, step)
+            return with_advantages(minis, values)
+
+    def _reference_at(self, step: int) -> Reference:
+        """The reference model, which without a checkpoint of its own is the policy of step 0."""
+        if self._reference is None:
+            if step:
+                raise ConfigError(
+                    f"objective.kl.reference: got none in a run that goes on at step {step}; name the "
+                    "checkpoint that step 0 started from"
+                )
+            self._reference = Reference(self._model)
+        return self._reference
+
     def _advantages(self, groups: Sequence[Group], step: int) -> list[np.ndarray]:
         """Advantages [G] of each group; permuted over the whole batch in the control run."""
         rewards = [np.array([sample.reward for sample in group.samples]) for group in groups]
-        values = advantages(self._objective.advantage, rewards)
-        if self._objective.control == "none":
+        values = advantages(self._objective.advantage, rewards, sum_over_ranks)
+        if self._objective.control == "none" or not values:
             return values
         shuffled = np.random.default_rng([self._seed, step]).permutation(np.concatenate(values))
         return np.split(shuffled, np.cumsum([len(part) for part in values])[:-1])
 
-    def _loss(self, batch: MicroBatch, totals: Totals, record: TokenRecord) -> torch.Tensor:
+    @torch.no_grad()
+    def _score(self, batch: MicroBatch) -> torch.Tensor:
+        return token_logprobs(target_logits(self._parallel, batch), batch.targets, batch.temperature)[0]
+
+    def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
+        """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
+        if not mini.totals.tokens:
+            log.warning("step %d: no token to train; the update is skipped", step)
+            return None
+        self._accumulate([partial(self._loss, part, mini.totals, tally) for part in mini.packed], watch)
+        with watch("update"):
+            norm = self._update(lr)
+        if not math.isfinite(norm):
+            names = ", ".join(group.id for group in mini.groups)
+            log.warning("step %d: gradient norm %s; the update is skipped; groups %s", step, norm, names)
+        return norm
+
+    def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
+        batch, config = packed.batch, self._objective
         logits = target_logits(self._parallel, batch)
-        logprobs, entropy = token_logprobs(logits, batch.targets, batch.temperature)
-        result = objective(
-            logprobs,
-            logprobs.detach(),
-            batch.behaviour,
-            batch.advantages,
-            batch.sample,
-            totals,
-            self._objective,
+        logprobs, entropy = token_logprobs(
+            logits, batch.targets, batch.temperature, entropy_gradient=config.entropy > 0
         )
-        record.add(batch, logprobs, entropy, result)
+        proximal = (
+            logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
+        )
+        tokens = Tokens(
+            logprobs, proximal, batch.behaviour, batch.advantages, batch.sample, packed.reference, entropy
+        )
+        result = objective(tokens, totals, config)
+        count_tokens(tally, tokens, result, entropy, batch.staleness)
         return result.loss
 
-    def _accumulate(self, batches: Sequence[MicroBatch], loss: Callable[[MicroBatch], torch.Tensor]) -> None:
-        """Sum the gradients of `loss` over the micro-batches, and then over the ranks."""
+    def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
+        """Sum the gradients of the micro-batches' losses, and then over the ranks."""
         # Both: after an update each parameter's grad is its slice of the buffer, and a backward that
         # found it there would count the first micro-batch twice.
         self._optimizer.zero_grad()
         self._parallel.zero_grad_buffer()
-        for batch in batches:
-            loss(batch).backward()
-        self._parallel.finish_grad_sync()
+        for loss in losses:
+            with watch("forward"):
+                value = loss()
+            with watch("backward"):
+                value.backward()
+        with watch("backward"):
+            self._parallel.finish_grad_sync()
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
@@ -226,28 +293,3 @@ class Trainer:
         if math.isfinite(norm):
             update(self._optimizer, lr)
         return norm
-
-
-def _group_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """Means over groups and samples: rewards, answer lengths and staleness by the oldest token."""
-    rewards = [np.array([sample.reward for sample in group.samples]) for group in groups]
-    staleness = np.array([step - group.version_min for group in groups])
-    samples = [sample for group in groups for sample in group.samples]
-    return {
-        "reward_mean": float(np.concatenate(rewards).mean()),
-        "reward_constant": float(np.mean([part.max() == part.min() for part in rewards])),
-        "staleness_mean": float(staleness.mean()),
-        "staleness_max": float(staleness.max()),
-        "answer_length_mean": float(np.mean([sample.answer_length for sample in samples])),
-        "truncated": float(np.mean([sample.finish_reason == "length" for sample in samples])),
-        "groups": float(len(groups)),
-        "samples": float(len(samples)),
-    }
-
-
-def _sizes(batches: Sequence[MicroBatch]) -> list[float]:
-    """Trained tokens and samples of this rank, as `Totals` takes them."""
-    return [
-        float(sum(len(batch.targets) for batch in batches)),
-        float(sum(len(batch.rows) for batch in batches)),
-    ]

@@ -24,3 +24,28 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     totals = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     return totals.tolist()
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """The element-wise maximum over the data-parallel ranks."""
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return largest.tolist()
+
+
+def merge_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    """The sum by name over the data-parallel ranks, names sorted; one that a rank lacks counts 0 there."""
+    names = union_over_ranks(list(sums))
+    return dict(zip(names, sum_over_ranks([sums.get(name, 0.0) for name in names]), strict=True))
+
+
+def union_over_ranks(names: list[str]) -> list[str]:
+    """Every name, none of them empty or with a line break, that some data-parallel rank has; sorted."""
+    group = parallel_state.get_data_parallel_group()
+    # As padded bytes: gathering objects would pickle them.
+    encoded = torch.frombuffer(bytearray("\n".join(["", *names]).encode() + b"\n"), dtype=torch.uint8)
+    size = int(max_over_ranks([float(len(encoded))])[0])
+    padded = torch.nn.functional.pad(encoded, (0, size - len(encoded)), value=ord("\n"))
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, padded, group=group)
+    return sorted({name for part in gathered for name in bytes(part.tolist()).decode().split("\n")} - {""})

@@ -54,3 +54,28 @@ def test_a_batch_of_constant_groups_is_finite() -> None:
 def test_a_group_of_one_is_refused_by_its_place() -> None:
     with pytest.raises(BatchError, match="group 1 of the batch: got 1 samples, expected at least 2"):
         advantages("grpo", [np.ones(2), np.ones(1)])
+
+
+def test_reinforce_pp_scales_by_the_batch_of_all_ranks() -> None:
+    """Two ranks, simulated: each holds one group, and their sums are added."""
+    whole = advantages("reinforce_pp", REWARDS)
+    centred = [values - values.mean() for values in REWARDS]
+    others = [[4.0, float(centred[0].sum())], [float(np.square(centred[0]).sum())]]
+
+    def add(numbers: list[float]) -> list[float]:
+        return [a + b for a, b in zip(numbers, others.pop(0), strict=True)]
+
+    (second,) = advantages("reinforce_pp", REWARDS[1:], add)
+    np.testing.assert_allclose(second, whole[1], rtol=1e-9)
+    assert others == []
+
+
+def test_a_rank_without_groups_still_takes_part_in_the_sums() -> None:
+    calls = []
+
+    def add(numbers: list[float]) -> list[float]:
+        calls.append(len(numbers))
+        return numbers
+
+    assert advantages("reinforce_pp", [], add) == []
+    assert calls == [2, 1]

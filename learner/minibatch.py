@@ -1,0 +1,122 @@
+"""A batch into mini-batches that are ready to train: packed, scored, with advantages and denominators.
+
+groups -> valid samples -> mini-batches of packed micro-batches -> pi_p and reference where needed
+       -> rewards (less the KL to the reference) -> advantages over the whole batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import torch
+
+from buffer.schema import Group
+from learner.config import ObjectiveConfig
+from learner.objective import Totals
+from learner.objective.divergence import k1
+from learner.packing import MicroBatch, pack, rows_of_groups
+from learner.samples import with_rewards
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One micro-batch and what other policies than the trained one say of its N tokens."""
+
+    batch: MicroBatch
+    proximal: torch.Tensor | None = None
+    """[N] log pi_p; None: equal to pi, as there is one optimizer step."""
+    reference: torch.Tensor | None = None
+    """[N] log-probability under the reference model; None without one."""
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """What one optimizer step trains, on this rank."""
+
+    groups: list[Group]
+    """In canonical order; empty where the other ranks have all of the mini-batch."""
+    packed: list[Packed]
+    totals: Totals
+    """Over all data-parallel ranks."""
+
+
+Score = Callable[[MicroBatch], torch.Tensor]
+"""Log-probabilities [N] of a micro-batch's targets, without gradient."""
+
+
+def split(
+    groups: Sequence[Group],
+    everywhere: Sequence[str],
+    count: int,
+    step: int,
+    budget: int,
+    over_ranks: Callable[[list[float]], list[float]],
+) -> list[MiniBatch]:
+    """`count` mini-batches, packed, advantages still 0.
+
+    `everywhere` holds the ids of all ranks' groups in canonical order: a mini-batch is a run of them, sizes
+    differing by at most 1, so which groups train together does not depend on the layout. `over_ranks`
+    adds numbers over the data-parallel ranks; each rank calls it once a mini-batch.
+    """
+    minis, size = [], len(everywhere)
+    for index in range(count):
+        members = set(everywhere[size * index // count : size * (index + 1) // count])
+        part = [group for group in groups if group.id in members]
+        rows = rows_of_groups(part, [np.zeros(len(group.samples)) for group in part], step)
+        batches = pack(rows, budget)
+        sizes = [float(sum(len(b.targets) for b in batches)), float(sum(len(b.rows) for b in batches))]
+        minis.append(MiniBatch(part, [Packed(batch) for batch in batches], Totals(*over_ranks(sizes))))
+    return minis
+
+
+def scored(minis: Sequence[MiniBatch], score: Score, field: str) -> list[MiniBatch]:
+    """The mini-batches with `field` (`proximal` or `reference`) filled in by `score`.
+
+    The same micro-batches are scored that are trained, so that equal weights give equal bits.
+    """
+    return [
+        replace(mini, packed=[replace(p, **{field: score(p.batch)}) for p in mini.packed]) for mini in minis
+    ]
+
+
+def less_divergence(minis: Sequence[MiniBatch], config: ObjectiveConfig) -> list[MiniBatch]:
+    """The groups with the KL to the reference in their rewards: r - coefficient * sum of log pi_p - log ref.
+
+    The sum runs over the sample's trained tokens (k1).
+    """
+    result = []
+    for mini in minis:
+        spent = np.zeros(sum(len(group.samples) for group in mini.groups))
+        for packed in mini.packed:
+            assert packed.proximal is not None
+            assert packed.reference is not None
+            values = k1(packed.proximal.double() - packed.reference.double())
+            rows = np.asarray(packed.batch.rows)[packed.batch.sample.numpy()]
+            np.add.at(spent, rows, values.numpy())
+        costs = iter(config.kl.coefficient * spent)
+        groups = [
+            msgspec.structs.replace(
+                group,
+                samples=with_rewards(group.samples, [s.reward - next(costs) for s in group.samples]),
+            )
+            for group in mini.groups
+        ]
+        result.append(replace(mini, groups=groups))
+    return result
+
+
+def with_advantages(minis: Sequence[MiniBatch], advantages: Sequence[np.ndarray]) -> list[MiniBatch]:
+    """The mini-batches with an advantage for every token; `advantages` holds a [G] for each group."""
+    result, values = [], iter(advantages)
+    for mini in minis:
+        by_row = np.concatenate([np.zeros(0), *(next(values) for _ in mini.groups)])
+        packed = []
+        for part in mini.packed:
+            rows = np.asarray(part.batch.rows, np.int64)[part.batch.sample.numpy()]
+            tokens = torch.from_numpy(by_row[rows].astype(np.float32))
+            packed.append(replace(part, batch=replace(part.batch, advantages=tokens)))
+        result.append(replace(mini, packed=packed))
+    return result
