@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = _command(subparsers, "model", commands.model, "make a tiny Qwen3 checkpoint with random weights")
     model.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    model.add_argument("--family", default="qwen3", help="qwen3 (default), qwen3_moe or qwen3_next")
     model.add_argument("--seed", type=int, default=0)
 
     status = _command(subparsers, "status", commands.status, "a run as Redis knows it")

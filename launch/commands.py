@@ -104,9 +104,11 @@ def data(args: argparse.Namespace) -> int:
 
 def model(args: argparse.Namespace) -> int:
     """A tiny checkpoint with random weights."""
-    from launch.tiny_model import make_tiny_qwen3
+    from launch.tiny_model import FAMILIES, make_tiny
 
-    print(make_tiny_qwen3(args.out, seed=args.seed))
+    if args.family not in FAMILIES:
+        raise LaunchError(f"--family: got {args.family!r}, expected {', '.join(FAMILIES)}")
+    print(make_tiny(args.family, args.out, seed=args.seed))
     return 0
 
 

@@ -18,7 +18,7 @@ OPTIONS = {
     "redis": ["--port", "--folder"],
     "sft": [*RUN, "--out"],
     "data": ["--out", "--seed"],
-    "model": ["--out", "--seed"],
+    "model": ["--out", "--family", "--seed"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
 }
@@ -52,6 +52,7 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_code_2(
