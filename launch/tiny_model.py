@@ -33,7 +33,7 @@ FAMILIES = ("qwen3", "qwen3_moe", "qwen3_next")
 
 ARCHITECTURES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"}
 
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "moe_intermediate_size": 64,
@@ -44,7 +44,7 @@ EXPERTS = {
 }
 """Fields of a model with experts. SGLang on a CPU wants widths in multiples of 32."""
 
-HYBRID = {
+HYBRID: dict[str, Any] = {
     "full_attention_interval": 4,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 32,
@@ -87,6 +87,8 @@ def make_tiny_qwen3(
     0.06, 0.52 after 80 steps with 0.02.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    hybrid = HYBRID if family == "qwen3_next" else {}
+    rotated = {name: value for name, value in hybrid.items() if name == "partial_rotary_factor"}
     config = {
         "architectures": [f"{ARCHITECTURES[family]}ForCausalLM"],
         "attention_bias": False,
@@ -107,16 +109,14 @@ def make_tiny_qwen3(
         "pad_token_id": EOS_ID,
         "rms_norm_eps": 1e-6,
         # Both spellings: transformers 5 reads the first, readers of older files the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | rotated,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "use_cache": True,
         "vocab_size": VOCABULARY,
         **(EXPERTS if family != "qwen3" else {}),
-        **(HYBRID if family == "qwen3_next" else {}),
+        **hybrid,
     }
-    if family == "qwen3_next":
-        config["rope_parameters"] |= {"partial_rotary_factor": HYBRID["partial_rotary_factor"]}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID})
     _write_tokenizer(folder)

@@ -1,7 +1,7 @@
 """The three functions of flash-linear-attention that Megatron-Core's gated DeltaNet calls, in torch.
 
 Same signatures and results; every one starts afresh at the sequence boundaries in `cu_seqlens`.
-Sequences are packed on the second of the leading dimensions [B, T]; B is 1 when there are several.
+Sequences are packed: the first of the leading dimensions [1, T] is always 1.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def chunk_gated_delta_rule(
 
     For each head and token t: S_t = exp(g_t) S_(t-1) + k_t (beta_t (v_t - exp(g_t) S_(t-1)^T k_t))^T,
     o_t = S_t^T q_t / sqrt(K). `q`, `k` [1, T, H, K], `v` [1, T, H, V], `g`, `beta` [1, T, H]; returns
-    o [1, T, H, V]. The chunked form is that of Yang et al. 2024, "Gated Delta Networks", section 3.3.
+    o [1, T, H, V]. The chunked form is that of Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks".
     """
     assert (initial_state, output_final_state, use_qk_l2norm_in_kernel) == (None, False, False)
     chunks, dtype = _Chunks(cu_seqlens), v.dtype
