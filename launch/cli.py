@@ -57,6 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--family", default="qwen3", help="qwen3 (default), qwen3_moe or qwen3_next")
     model.add_argument("--seed", type=int, default=0)
 
+    convert = _command(
+        subparsers, "convert", commands.convert, "a checkpoint from Hugging Face to Megatron-Core or back"
+    )
+    convert.add_argument("direction", choices=("hf-to-mcore", "mcore-to-hf"))
+    convert.add_argument("source", type=Path, help="folder to convert")
+    convert.add_argument(
+        "--out", type=Path, required=True, help="folder for the result; goes on if interrupted"
+    )
+    convert.add_argument(
+        "--like", type=Path, metavar="FOLDER", help="mcore-to-hf: checkpoint to take config and dtypes from"
+    )
+
     status = _command(subparsers, "status", commands.status, "a run as Redis knows it")
     stop = _command(subparsers, "stop", commands.stop, "end a run after the step under way")
     for command in (status, stop):

@@ -112,6 +112,21 @@ def model(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    """Converts a checkpoint folder; its progress goes to standard error."""
+    import subprocess
+
+    back = args.direction == "mcore-to-hf"
+    if back != (args.like is not None):
+        expected = "the Hugging Face folder the model came from" if back else "no such option"
+        raise LaunchError(f"--like: got {args.like}, expected {expected} with {args.direction}")
+    like = ["--like", str(args.like)] if back else []
+    # Megatron-Core warns of every library that a CPU does without.
+    python = [sys.executable, "-W", "ignore", "-m", "learner.convert"]
+    argv = [*python, args.direction, str(args.source), "--out", str(args.out), *like]
+    return subprocess.run(argv, check=False).returncode
+
+
 def status(args: argparse.Namespace) -> int:
     """A run as Redis knows it."""
     import msgspec

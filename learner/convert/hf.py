@@ -17,6 +17,9 @@ from learner.model.shape import Shape
 COPIED_PATTERNS = ("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja")
 """Files a checkpoint folder has beside its weights: architecture, tokenizer, chat template."""
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights, as the safetensors format names them."""
+
 
 class HfFolder:
     """The tensors of `folder`/*.safetensors, read one by one when they are asked for."""
@@ -39,6 +42,15 @@ class HfFolder:
                 f"{folder}: no *.safetensors file; give a Hugging Face checkpoint folder with weights"
             )
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored. Raises `ModelError` for one that is not floating point."""
+        found = self._files[name].get_slice(name).get_dtype()
+        if found not in DTYPES:
+            raise ModelError(
+                f"{self.folder}: tensor {name}: got dtype {found}, expected {' or '.join(DTYPES)}"
+            )
+        return DTYPES[found]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored."""
         return self._files[name].get_tensor(name)
@@ -51,7 +63,7 @@ def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
     `ModelError` naming the tensor when one is missing, unknown, stored twice or of another shape.
     """
     source = HfFolder(folder)
-    _check_coverage(source, shape)
+    check_coverage(source, shape)
     targets = _tensors(model)
     with torch.no_grad():
         for rule in rules(shape):
@@ -79,13 +91,18 @@ def save_hf(tensors: dict[str, torch.Tensor], shape: Shape, folder: Path, source
 
     That is config and tokenizer files, and, as they are stored, the tensors of multi-token prediction.
     """
+    copy_files(source, folder)
+    stored = HfFolder(source)
+    carried = {name: stored.tensor(name) for name in hf_shapes(shape, mtp=True) if name in stored.shapes}
+    save_file({**tensors, **carried}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy what `source` has beside its weights to `folder`, made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED_PATTERNS:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
-    stored = HfFolder(source)
-    carried = {name: stored.tensor(name) for name in hf_shapes(shape, mtp=True) if name in stored.shapes}
-    save_file({**tensors, **carried}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
@@ -94,7 +111,11 @@ def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _check_coverage(source: HfFolder, shape: Shape) -> None:
+def check_coverage(source: HfFolder, shape: Shape) -> None:
+    """Raise `ModelError` unless `source` has exactly the tensors of `shape`, of the right shapes.
+
+    Those of multi-token prediction may be there, all of them, or not.
+    """
     found = dict(source.shapes)
     expected = hf_shapes(shape)
     extra = hf_shapes(shape, mtp=True)

@@ -58,7 +58,7 @@ def clip_gradients(model: DistributedDataParallel, limit: float) -> float:
     The norm is computed over the contiguous gradient buffers, in float64; it may be inf or nan, in
     which case nothing is scaled.
     """
-    buffers = [buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    buffers = [buffer.grad_data for buffer in model.buffers]
     norm = math.sqrt(sum(float(data.double().square().sum()) for data in buffers))
     if limit and math.isfinite(norm) and norm > limit:
         for data in buffers:

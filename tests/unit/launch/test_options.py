@@ -19,6 +19,7 @@ OPTIONS = {
     "sft": [*RUN, "--out"],
     "data": ["--out", "--seed"],
     "model": ["--out", "--family", "--seed"],
+    "convert": ["--like", "--out"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
 }
@@ -52,6 +53,11 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["convert", "mcore-to-hf", "a", "--out", "b"], "--like: got None, expected the Hugging Face folder"),
+        (
+            ["convert", "hf-to-mcore", "a", "--out", "b", "--like", "c"],
+            "--like: got c, expected no such option",
+        ),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )
