@@ -2,12 +2,10 @@
 
 A folder of `.distcp` files, each a row of saved tensors, and an index that says of each key its
 shape and where its pieces lie. Nothing here knows of ranks: a learner of any parallelism reads it.
-The index is a pickle, by torch's format; do not read one that others wrote and you do not trust.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from learner.convert.dist_index import read_index, write_index
 from learner.errors import ModelError
 
 
@@ -67,7 +66,7 @@ def write_pieces(
     return pieces
 
 
-def write_index(folder: Path, pieces: list[Piece]) -> None:
+def write_checkpoint_index(folder: Path, pieces: list[Piece]) -> None:
     """Make `folder` with its files a checkpoint that Megatron-Core loads."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places = {}
@@ -84,7 +83,7 @@ def write_index(folder: Path, pieces: list[Piece]) -> None:
     torch.save([{}], folder / nothing)
     tensors[common] = BytesStorageMetadata()
     places[MetadataIndex(common)] = _StorageInfo(nothing, 0, (folder / nothing).stat().st_size)
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, storage_data=places)))
+    write_index(folder, Metadata(tensors, storage_data=places))
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
@@ -94,13 +93,8 @@ class DistCheckpoint:
     def __init__(self, folder: Path) -> None:
         """Read the index of `folder`. Raises `ModelError` if there is none."""
         self.folder = folder
+        index = read_index(folder)
         self._reader = FileSystemReader(folder)
-        try:
-            index = self._reader.read_metadata()
-        except FileNotFoundError as error:
-            raise ModelError(
-                f"{folder}: no .metadata file; give the folder of one distributed checkpoint"
-            ) from error
         self._reader.set_up_storage_reader(index, is_coordinator=True)
         self._tensors = {
             key: value

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from learner.convert.dist_checkpoint import DistCheckpoint, Piece, write_index, write_pieces
+from learner.convert.dist_checkpoint import DistCheckpoint, Piece, write_checkpoint_index, write_pieces
 from learner.convert.hf import HfFolder, check_coverage, copy_files
 from learner.convert.names import hf_shapes, mtp_rules, rules
 from learner.convert.rule import Rule
@@ -62,7 +62,7 @@ def hf_to_mcore(source: Path, out: Path, report: Report) -> None:
     shape, stored = read_shape(source), HfFolder(source)
     check_coverage(stored, shape)
     plan = _files(shape, stored)
-    _claim(out, {"to": "mcore", "shape": msgspec.to_builtins(shape), "from": str(source.resolve())})
+    _claim(out, [source])
     pieces: list[Piece] = []
     for number, members in enumerate(plan):
         name = f"__{number}_0.distcp"
@@ -74,7 +74,7 @@ def hf_to_mcore(source: Path, out: Path, report: Report) -> None:
             _write(index, msgspec.json.encode(found))
         pieces += msgspec.json.decode(index.read_bytes(), type=list[Piece])
         report(number + 1, len(plan))
-    write_index(out, pieces)
+    write_checkpoint_index(out, pieces)
     for number in range(len(plan)):
         (out / f"__{number}_0.distcp.json").unlink()
     (out / CLAIM).unlink()
@@ -92,7 +92,7 @@ def mcore_to_hf(source: Path, like: Path, out: Path, report: Report) -> None:
     stored = DistCheckpoint(source)
     plan = _files(shape, model)
     _check_keys(plan, shape, stored)
-    _claim(out, {"to": "hf", "like": str(like.resolve()), "from": str(source.resolve())})
+    _claim(out, [source, like])
     where: dict[str, str] = {}
     for number, members in enumerate(plan):
         name = f"model-{number + 1:05}-of-{len(plan):05}.safetensors"
@@ -105,9 +105,8 @@ def mcore_to_hf(source: Path, like: Path, out: Path, report: Report) -> None:
             temporary.rename(out / name)
         where |= {part.name: name for part in parts}
         report(number + 1, len(plan))
-    total = sum(
-        part.size * model.dtype(part.name).itemsize for rules in plan for r in rules for part in r.parts
-    )
+    written = [part for members in plan for rule in members for part in rule.parts]
+    total = sum(part.size * model.dtype(part.name).itemsize for part in written)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
     (out / "model.safetensors.index.json").write_text(text + "\n")
     copy_files(like, out)
@@ -118,13 +117,17 @@ CLAIM = "conversion.json"
 """The file by which an unfinished conversion is known; it is gone when all is done."""
 
 
-def _claim(out: Path, what: dict[str, object]) -> None:
-    """Take `out` for this conversion, or for going on with it."""
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+def _claim(out: Path, sources: list[Path]) -> None:
+    """Take `out` for a conversion of these folders as they are now, or for going on with it."""
+    files = [path for source in sources for path in sorted(source.resolve().iterdir())]
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     out.mkdir(parents=True, exist_ok=True)
     claim = out / CLAIM
     if claim.exists() and claim.read_text() != digest:
-        raise ModelError(f"{out}: holds a part of another conversion; finish that one or remove the folder")
+        raise ModelError(
+            f"{out}: holds a part of another conversion, or of a source that has changed; remove the folder"
+        )
     if not claim.exists():
         if any(out.iterdir()):
             raise ModelError(f"{out}: not empty; give a new folder")

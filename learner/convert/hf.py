@@ -112,7 +112,7 @@ def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
 
 
 def check_coverage(source: HfFolder, shape: Shape) -> None:
-    """Raise `ModelError` unless `source` has exactly the tensors of `shape`, of the right shapes.
+    """Raise `ModelError` unless `source` has exactly the tensors of `shape`, of the right shapes and kind.
 
     Those of multi-token prediction may be there, all of them, or not.
     """
@@ -131,6 +131,7 @@ def check_coverage(source: HfFolder, shape: Shape) -> None:
             raise ModelError(
                 f"{source.folder}: tensor {name}: got shape {got}, expected {dims} by config.json"
             )
+        source.dtype(name)
     if found:
         raise ModelError(
             f"{source.folder}: unknown tensors {sorted(found)}; expected exactly those of a {shape.family} "

@@ -26,19 +26,18 @@ def rules(shape: Shape) -> Iterator[Rule]:
 
 
 def mtp_rules(shape: Shape) -> Iterator[Rule]:
-    """Every tensor of Qwen3-Next's multi-token prediction; nothing for other families.
+    """Every tensor of the layers for multi-token prediction that a checkpoint of `shape` may have.
 
-    config.json does not say whether a checkpoint has them.
+    Qwen3-Next's config.json does not say whether they are there; published DeepSeek checkpoints
+    leave them out as often as not.
     """
-    if shape.family != "qwen3_next":
-        return
-    width, ours = shape.hidden_size, "mtp.layers.0."
-    yield _rule(ours + "eh_proj.weight", "mtp.fc.weight", width, 2 * width)
-    yield _rule(ours + "enorm.weight", "mtp.pre_fc_norm_embedding.weight", width)
-    yield _rule(ours + "hnorm.weight", "mtp.pre_fc_norm_hidden.weight", width)
-    layer = Layer(delta_net=False, experts=shape.experts is not None)
-    yield from _layer(shape, layer, ours + "mtp_model_layer.", "mtp.layers.0.")
-    yield _rule(ours + "final_layernorm.weight", "mtp.norm.weight", width)
+    for number in range(shape.mtp_layers):
+        if shape.family == "deepseek_v3":
+            yield from _deepseek_mtp(
+                shape, f"mtp.layers.{number}.", f"model.layers.{len(shape.layers) + number}."
+            )
+        else:
+            yield from _qwen_mtp(shape, f"mtp.layers.{number}.")
 
 
 def hf_shapes(shape: Shape, mtp: bool = False) -> dict[str, tuple[int, ...]]:
@@ -47,6 +46,29 @@ def hf_shapes(shape: Shape, mtp: bool = False) -> dict[str, tuple[int, ...]]:
     `mtp` asks for the tensors of multi-token prediction instead.
     """
     return {part.name: part.shape for rule in (mtp_rules if mtp else rules)(shape) for part in rule.parts}
+
+
+def _qwen_mtp(shape: Shape, ours: str) -> Iterator[Rule]:
+    width = shape.hidden_size
+    yield _rule(ours + "eh_proj.weight", "mtp.fc.weight", width, 2 * width)
+    yield _rule(ours + "enorm.weight", "mtp.pre_fc_norm_embedding.weight", width)
+    yield _rule(ours + "hnorm.weight", "mtp.pre_fc_norm_hidden.weight", width)
+    layer = Layer(delta_net=False, experts=True)
+    yield from _layer(shape, layer, ours + "mtp_model_layer.", "mtp.layers.0.")
+    yield _rule(ours + "final_layernorm.weight", "mtp.norm.weight", width)
+
+
+def _deepseek_mtp(shape: Shape, ours: str, theirs: str) -> Iterator[Rule]:
+    width, vocabulary = shape.hidden_size, (shape.vocab_size, shape.hidden_size)
+    yield _rule(ours + "eh_proj.weight", theirs + "eh_proj.weight", width, 2 * width)
+    yield _rule(ours + "enorm.weight", theirs + "enorm.weight", width)
+    yield _rule(ours + "hnorm.weight", theirs + "hnorm.weight", width)
+    layer = Layer(delta_net=False, experts=True)
+    yield from _layer(shape, layer, ours + "mtp_model_layer.", theirs)
+    yield _rule(ours + "final_layernorm.weight", theirs + "shared_head.norm.weight", width)
+    # Copies of the model's own, which Megatron-Core shares instead.
+    yield _rule(ours + "embed_tokens.weight", theirs + "embed_tokens.weight", *vocabulary)
+    yield _rule(ours + "shared_head.weight", theirs + "shared_head.head.weight", *vocabulary)
 
 
 def _layer(shape: Shape, layer: Layer, ours: str, theirs: str) -> Iterator[Rule]:

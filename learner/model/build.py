@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from learner.model.cpu import stand_in_for_cuda
-from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape
+from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
 from learner.model.world import join_world
 
@@ -96,9 +96,22 @@ def _latent_attention(shape: Shape) -> dict[str, Any]:
         "qk_head_dim": attention.plain_dim,
         "qk_pos_emb_head_dim": attention.rotary_dim,
         "v_head_dim": attention.value_dim,
-        "rope_type": "rope",
         "rotary_base": shape.rope_theta,
-        "rotary_scaling_factor": 1.0,
+        **_yarn(attention.yarn),
+    }
+
+
+def _yarn(yarn: Yarn | None) -> dict[str, Any]:
+    if yarn is None:
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
     }
 
 

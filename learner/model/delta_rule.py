@@ -68,8 +68,9 @@ def chunk_gated_delta_rule(
     lower = torch.ones(chunks.size, chunks.size, dtype=torch.bool).tril()
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, -torch.inf).exp()
     k_beta = k * beta[..., None]
-    # Each token's correction depends on those before it in its chunk: (I + strictly lower) u = rhs.
-    mixing = (k_beta @ k.mT * decay).tril(-1)
+    # Each token's correction depends on those before it in its chunk: (I + strictly lower) u = rhs,
+    # of which the solver reads only what is strictly lower.
+    mixing = k_beta @ k.mT * decay
     right = torch.cat((v * beta[..., None], k_beta * g[..., None].exp()), dim=-1)
     solved = torch.linalg.solve_triangular(mixing, right, upper=False, unitriangular=True)
     values, carried = solved.split((v.size(-1), k.size(-1)), dim=-1)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from learner.errors import ConfigError
-from learner.model.shape import Attention, DeltaNet, Experts, LatentAttention, Layer, Shape
+from learner.model.shape import Attention, DeltaNet, Experts, LatentAttention, Layer, Shape, Yarn
 
 
 class Family(msgspec.Struct, kw_only=True, frozen=True):
@@ -150,6 +150,7 @@ class Qwen3Next(Qwen3Moe, kw_only=True, frozen=True):
                 self.linear_conv_kernel_dim,
             ),
             experts=self._experts(shared_width=self.shared_expert_intermediate_size, shared_gate=True),
+            mtp_layers=1,
             zero_centred=True,
         )
 
@@ -180,7 +181,6 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
         **Family.fixed,
         "moe_layer_freq": 1,
         "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
         "partial_rotary_factor": None,
         "rope_interleave": True,
         "scoring_func": "sigmoid",
@@ -203,6 +203,9 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    num_nextn_predict_layers: int = 0
+    yarn: Yarn | None = None
+    """Read from `rope_parameters`."""
 
     def shape(self) -> Shape:
         """Latent attention in every layer, experts behind the first few."""
@@ -218,7 +221,9 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
                 self.qk_nope_head_dim,
                 self.qk_rope_head_dim,
                 self.v_head_dim,
+                self._yarn(),
             ),
+            mtp_layers=self.num_nextn_predict_layers,
             layers=tuple(
                 Layer(delta_net=False, experts=index >= self.first_k_dense_replace)
                 for index in range(self.num_hidden_layers)
@@ -234,6 +239,14 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
                 shared_width=self.moe_intermediate_size * self.n_shared_experts,
             ),
         )
+
+    def _yarn(self) -> Yarn | None:
+        if self.yarn is not None and not (self.yarn.mscale and self.yarn.mscale_all_dim):
+            raise ConfigError(
+                f"rope_parameters: got mscale {self.yarn.mscale}, mscale_all_dim {self.yarn.mscale_all_dim}, "
+                "expected neither to be 0; nothing else is built here"
+            )
+        return self.yarn
 
 
 def _check_choice(chosen: int, count: int) -> None:

@@ -19,6 +19,7 @@ from learner.model.shape import Shape
 
 IGNORED = frozenset(
     {
+        "_name_or_path",
         "bos_token_id",
         "dtype",
         "eos_token_id",
@@ -56,19 +57,26 @@ def shape_of(config: dict[str, Any]) -> Shape:
         raise ConfigError(f"model_type: got {model_type!r}, expected one of {sorted(FAMILIES)}")
     architecture, family = FAMILIES[model_type]
     _expect("architectures", config.get("architectures") or [architecture], [architecture])
-    fields = config | _rope(config)
+    fields = config | _rope(config, "yarn" in family.__struct_fields__)
     _refuse_others(fields, family)
     return msgspec.convert(fields, family).shape()
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary fields, from where transformers 5 writes them or from where older checkpoints do."""
+def _rope(config: dict[str, Any], stretched: bool) -> dict[str, Any]:
+    """Rotary fields, from where transformers 5 writes them or from where older checkpoints do.
+
+    `stretched`: whether the family is built with YaRN.
+    """
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(place) or {}
-    _expect(f"{place}.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     read = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    for name in sorted(rope.keys() - read.keys() - {"rope_type", "type"}):
-        raise ConfigError(f"{place}.{name}: got {rope[name]!r}, expected no such field")
+    others = {name: rope[name] for name in rope.keys() - read.keys() - {"rope_type", "type"}}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "yarn" and stretched:
+        return {**read, "yarn": others}
+    _expect(f"{place}.rope_type", kind, "default")
+    for name, value in sorted(others.items()):
+        raise ConfigError(f"{place}.{name}: got {value!r}, expected no such field")
     return read
 
 

@@ -26,6 +26,23 @@ class Attention(msgspec.Struct, frozen=True):
     """Whether the output is multiplied by the sigmoid of a gate projected beside the queries."""
 
 
+class Yarn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """YaRN's stretch of the rotary embedding, in config.json's own names."""
+
+    factor: float
+    """How many times longer sequences may be than those of pretraining."""
+    original_max_position_embeddings: int
+    """Longest sequence of pretraining, in tokens."""
+    mscale: float
+    """With the next one, how much larger rotated queries and keys are: see `_yarn_get_mscale`."""
+    mscale_all_dim: float
+    """The same for attention as a whole."""
+    beta_fast: float = 32.0
+    """Rotations in that length above which a frequency stays as it is."""
+    beta_slow: float = 1.0
+    """Rotations in that length below which a frequency is divided by `factor`."""
+
+
 class LatentAttention(msgspec.Struct, frozen=True):
     """Multi-head latent attention (MLA): keys and values go through a low-rank bottleneck."""
 
@@ -41,6 +58,8 @@ class LatentAttention(msgspec.Struct, frozen=True):
     """Width of a query or key head that is rotated; shared by all heads of the keys."""
     value_dim: int
     """Width of a value head."""
+    yarn: Yarn | None = None
+    """Stretch of the rotary embedding; None: none."""
 
 
 class DeltaNet(msgspec.Struct, frozen=True):
@@ -119,5 +138,7 @@ class Shape(msgspec.Struct, frozen=True):
     """Linear attention of the layers that have it."""
     experts: Experts | None = None
     """Experts of the layers that have them."""
+    mtp_layers: int = 0
+    """Layers of multi-token prediction that a checkpoint may have beside the trained ones."""
     zero_centred: bool = False
     """Whether norms multiply by 1 + weight."""

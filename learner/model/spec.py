@@ -27,7 +27,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class CpuBackend(LocalSpecProvider):
-    """Megatron-Core's own modules, with our norms and attention core where its need Transformer Engine."""
+    """Megatron-Core's own modules, with our norms and attention core for those that need a GPU."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         """A norm and the linear layer behind it are one module, as with Transformer Engine."""

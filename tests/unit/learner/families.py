@@ -67,7 +67,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "deepseek_v3": ("DeepseekV3", {**LATENT, "q_lora_rank": 20, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": 20,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_nextn_predict_layers": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "mscale": 0.9,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
     "moonlight": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
 }
 """Class in transformers and fields of config.json; no two widths that could be confused are equal."""

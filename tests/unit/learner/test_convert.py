@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors.torch import load_file, save_file
 
 from learner.convert import folders
-from learner.convert.dist_checkpoint import DistCheckpoint, Piece, write_index, write_pieces
+from learner.convert.dist_checkpoint import DistCheckpoint, Piece, write_checkpoint_index, write_pieces
 from learner.convert.folders import CLAIM, hf_to_mcore, mcore_to_hf
 from learner.convert.hf import HfFolder, load_hf
 from learner.errors import ModelError
 from learner.model.build import build_model
 from learner.model.hf_config import read_shape
 from tests.unit.learner.families import CASES, make_family
+from tests.unit.learner.test_families import make_trainer
 from tests.unit.learner.test_names import _add_mtp
 
 
@@ -28,9 +30,15 @@ def quiet(_done: int, _total: int) -> None:
 
 
 def as_published(folder: Path) -> None:
-    """Store all but decays in bf16, and add multi-token prediction where the family has it."""
+    """Store all but decays in bf16, and add multi-token prediction where the family has it.
+
+    The gain that is shifted spreads so far that bf16 could not shift it there and back.
+    """
     path = folder / "model.safetensors"
     tensors = {name: t if name.endswith("A_log") else t.bfloat16() for name, t in load_file(path).items()}
+    for name, tensor in tensors.items():
+        if name.endswith("linear_attn.norm.weight"):
+            tensor.copy_(torch.linspace(-3, 3, len(tensor)))
     save_file(tensors, path)
     _add_mtp(folder)
 
@@ -90,6 +98,12 @@ def test_transformers_reads_what_comes_back(source: Path, tmp_path: Path) -> Non
     assert not any(report.values())
 
 
+def test_a_piece_is_stored_without_the_tensor_that_it_is_a_view_of(tmp_path: Path) -> None:
+    view = torch.zeros(100, 1000)[7:8]
+    (piece,) = write_pieces(tmp_path / "file", iter([("key", (1, 1000), (0, 0), view)]))
+    assert piece.length == (tmp_path / "file").stat().st_size < 6000
+
+
 @pytest.fixture
 def hybrid(tmp_path: Path) -> Path:
     make_family("qwen3_next", tmp_path / "hf")
@@ -110,7 +124,7 @@ def _halves(folder: Path) -> None:
                 yield key, shape, start, whole.read(key, start, (rows, *shape[1:]))
 
         pieces += write_pieces(folder / f"__{rank}_9.distcp", shard())
-    write_index(folder, pieces)
+    write_checkpoint_index(folder, pieces)
 
 
 def test_shards_of_several_ranks_are_put_together(source: Path, tmp_path: Path) -> None:
@@ -159,6 +173,12 @@ def test_an_interrupted_conversion_goes_on(hybrid: Path, tmp_path: Path, directi
         / ("__3_0.distcp" if direction == "mcore" else "model-00004-of-00005.safetensors.part")
     )
     torn.write_bytes(b"half a file")
+    config = hybrid / "config.json"
+    stamp = config.stat()
+    os.utime(config, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(ModelError, match="or of a source that has changed"):
+        convert("torn", quiet)
+    os.utime(config, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     convert("torn", quiet)
     convert("whole", quiet)
     assert {path: path.stat().st_mtime_ns for path in done} == done
@@ -183,7 +203,7 @@ def test_a_folder_in_use_is_left_alone(hybrid: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_lacks_something_is_refused_by_key(hybrid: Path, tmp_path: Path) -> None:
     mcore, key = tmp_path / "mcore", "decoder.layers.0.self_attention.in_proj.weight.z"
-    with pytest.raises(ModelError, match=r"hf: no \.metadata file"):
+    with pytest.raises(ModelError, match=r"hf/\.metadata: no such file"):
         mcore_to_hf(hybrid, hybrid, tmp_path / "back", quiet)
     hf_to_mcore(hybrid, mcore, quiet)
     whole = DistCheckpoint(mcore)
@@ -194,7 +214,7 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_key(hybrid: Path, tmp_p
         pieces = (
             (name, entry[0], (0,) * entry[1].dim(), entry[1]) for name, entry in stored.items() if entry
         )
-        write_index(mcore, write_pieces(mcore / "__0_9.distcp", pieces))
+        write_checkpoint_index(mcore, write_pieces(mcore / "__0_9.distcp", pieces))
 
     rewrite({key: None})
     with pytest.raises(ModelError, match=rf"{key}: got shape None, expected \(72, 32\)"):
@@ -205,6 +225,27 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_key(hybrid: Path, tmp_p
     rewrite({key: ((72, 32), tensors[key][:36])})
     with pytest.raises(ModelError, match=rf"{key}: got 1152 of 2304 elements .* the shards of some rank"):
         mcore_to_hf(mcore, hybrid, tmp_path / "back", quiet)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"cos\nsystem\n(S'touch ran'\ntR.", "it asks for os.system"),
+        (b"cbuiltins\neval\n(S'1'\ntR.", "it asks for builtins.eval"),
+        (b"ctorch\nload\n(S'x'\ntR.", "it asks for torch.load"),
+        (b"half an index", "not the index of a distributed checkpoint"),
+        (b"", "Ran out of input"),
+        (b"}.", "got a dict, expected the index"),
+    ],
+)
+def test_an_index_that_is_none_runs_no_code(
+    content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        DistCheckpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".metadata"]
 
 
 def test_a_damaged_source_is_refused_before_anything_is_written(hybrid: Path, tmp_path: Path) -> None:
@@ -221,5 +262,10 @@ def test_whole_numbers_are_not_weights(hybrid: Path, tmp_path: Path) -> None:
     tensors = load_file(hybrid / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, hybrid / "model.safetensors")
-    with pytest.raises(ModelError, match=r"model\.norm\.weight: got dtype I8, expected F32 or BF16 or F16"):
+    said = r"model\.norm\.weight: got dtype I8, expected F32 or BF16 or F16"
+    with pytest.raises(ModelError, match=said):
         mcore_to_hf(tmp_path / "mcore", hybrid, tmp_path / "back", quiet)
+    with pytest.raises(ModelError, match=said):
+        hf_to_mcore(hybrid, tmp_path / "other", quiet)
+    with pytest.raises(ModelError, match=said):
+        make_trainer(hybrid)

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from learner.errors import ConfigError, ModelError
 from learner.model.hf_config import read_shape, shape_of
-from learner.model.shape import Attention, Experts, LatentAttention, Layer
+from learner.model.shape import Attention, Experts, LatentAttention, Layer, Yarn
 from tests.unit.learner.families import CASES, make_family
 from tests.unit.learner.test_names import QWEN3_NEXT_80B
 
@@ -85,7 +86,9 @@ def test_both_spellings_of_rotary_fields_say_the_same(case: str, tmp_path: Path)
     make_family(case, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     rope = config.pop("rope_parameters")
-    older = {**config, "rope_theta": rope["rope_theta"], "rope_scaling": None}
+    scaling = {"type": rope.pop("rope_type"), **rope}
+    older = {**config, "rope_theta": scaling.pop("rope_theta")}
+    older["rope_scaling"] = scaling if scaling["type"] == "yarn" else None
     assert shape_of(older) == read_shape(tmp_path)
 
 
@@ -120,7 +123,6 @@ def test_what_qwen3_next_cannot_be_is_refused_by_name(tmp_path: Path, field: str
         ("topk_method", "greedy"),
         ("norm_topk_prob", False),
         ("moe_layer_freq", 2),
-        ("num_nextn_predict_layers", 1),
         ("num_key_value_heads", 8),
         ("rope_interleave", False),
         ("partial_rotary_factor", 0.5),
@@ -130,6 +132,22 @@ def test_what_qwen3_next_cannot_be_is_refused_by_name(tmp_path: Path, field: str
 def test_what_deepseek_v3_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         shape_of({**MOONLIGHT, field: value})
+
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0}
+
+
+def test_yarn_is_read_whole() -> None:
+    shape = shape_of({**MOONLIGHT, "rope_scaling": {**YARN, "mscale_all_dim": 0.5, "beta_slow": 2}})
+    assert shape.attention.yarn == Yarn(40.0, 4096, 1.0, 0.5, beta_fast=32.0, beta_slow=2.0)
+    for more, said in (
+        ({}, "missing required field `mscale_all_dim`"),
+        ({"mscale_all_dim": 0.0}, r"got mscale 1\.0, mscale_all_dim 0\.0, expected neither to be 0"),
+        ({"mscale_all_dim": 1.0, "attention_factor": 1.0}, "unknown field `attention_factor`"),
+        ({"type": "linear"}, "rope_scaling.rope_type: got 'linear'"),
+    ):
+        with pytest.raises((ConfigError, msgspec.ValidationError), match=said):
+            shape_of({**MOONLIGHT, "rope_scaling": {**YARN, **more}})
 
 
 def test_a_group_must_be_scored_by_two_experts() -> None:

@@ -172,9 +172,11 @@ def _add_mtp(folder: Path) -> dict[str, torch.Tensor]:
     return extra
 
 
-def test_multi_token_prediction_is_copied_through_and_not_sent(tmp_path: Path) -> None:
-    make_family("qwen3_next", tmp_path / "in")
+@pytest.mark.parametrize("case", ["qwen3_next", "deepseek_v3"])
+def test_multi_token_prediction_is_copied_through_and_not_sent(tmp_path: Path, case: str) -> None:
+    make_family(case, tmp_path / "in")
     extra = _add_mtp(tmp_path / "in")
+    assert extra
     trainer = make_trainer(tmp_path / "in")
     assert not trainer.export().keys() & extra.keys()
     trainer.save(tmp_path / "out")
