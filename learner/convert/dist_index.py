@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from learner.errors import ModelError
@@ -21,8 +21,7 @@ FILE = ".metadata"
 """Its name in the folder."""
 
 ALLOWED = {
-    (metadata.__name__, name)
-    for name in (
+    metadata.__name__: {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
@@ -31,15 +30,16 @@ ALLOWED = {
         "TensorProperties",
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    (filesystem.__name__, "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
+    },
+    planner.__name__: {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    filesystem.__name__: {"_StorageInfo"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
 }
-"""Module and name of every class or function that an index may need, beside dtypes."""
+"""By module, every class or function that an index may need, beside dtypes; none does more than build
+a value."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -49,7 +49,7 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.startswith("pathlib"):  # a private module from Python 3.13 on
             module = pathlib.__name__
-        if (module, name) not in ALLOWED:
+        if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 

@@ -89,6 +89,21 @@ def test_megatron_core_reads_the_checkpoint(source: Path, tmp_path: Path) -> Non
         assert torch.equal(loaded[name], tensor), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_megatron_core_saved_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family("qwen3_next", tmp_path / "hf")
+    shape = read_shape(tmp_path / "hf")
+    model = build_model(shape)
+    load_hf(model, shape, tmp_path / "hf")
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": group, "non_homogeneous_layers": True})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    (tmp_path / "mcore").mkdir()
+    dist_checkpointing.save(sharded, str(tmp_path / "mcore"))
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", tmp_path / "back", quiet)
+    assert_same_weights(tmp_path / "hf", tmp_path / "back")
+
+
 def test_transformers_reads_what_comes_back(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
