@@ -164,6 +164,36 @@ def test_multi_token_prediction_has_megatron_cores_names(tmp_path: Path) -> None
     assert {rule.mcore: rule.shape for rule in mtp_rules(shape)} == names
 
 
+@pytest.mark.parametrize(
+    ("case", "prefix", "outside"),
+    [
+        (
+            "qwen3_next",
+            "mtp.",
+            {"fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0.mlp.gate"},
+        ),
+        (
+            "deepseek_v3",
+            "model.layers.2.",
+            {"eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens", "mlp.gate"},
+        ),
+    ],
+)
+def test_multi_token_prediction_has_the_names_of_published_checkpoints(
+    case: str, prefix: str, outside: set[str], tmp_path: Path
+) -> None:
+    make_family(case, tmp_path)
+    names = hf_shapes(read_shape(tmp_path), mtp=True).keys()
+    assert all(name.startswith(prefix) for name in names)
+    known = (".experts.", ".shared_expert", "self_attn.", "_layernorm.", "correction_bias")
+    short = {
+        name.removeprefix(prefix).removesuffix(".weight")
+        for name in names
+        if not any(k in name for k in known)
+    }
+    assert short == outside
+
+
 def _add_mtp(folder: Path) -> dict[str, torch.Tensor]:
     extra = {
         name: torch.randn(dims).bfloat16() for name, dims in hf_shapes(read_shape(folder), mtp=True).items()
