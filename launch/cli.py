@@ -67,7 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = _command(subparsers, "model", commands.model, "make a tiny Qwen3 checkpoint with random weights")
     model.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    model.add_argument("--family", default="qwen3", help="qwen3 (default), qwen3_moe or qwen3_next")
     model.add_argument("--seed", type=int, default=0)
+
+    convert = _command(
+        subparsers, "convert", commands.convert, "a checkpoint from Hugging Face to Megatron-Core or back"
+    )
+    convert.add_argument("direction", choices=("hf-to-mcore", "mcore-to-hf"))
+    convert.add_argument("source", type=Path, help="folder to convert")
+    convert.add_argument(
+        "--out", type=Path, required=True, help="folder for the result; goes on if interrupted"
+    )
+    convert.add_argument(
+        "--like", type=Path, metavar="FOLDER", help="mcore-to-hf: checkpoint to take config and dtypes from"
+    )
 
     status = _command(subparsers, "status", commands.status, "a run as Redis knows it")
     verify = _command(

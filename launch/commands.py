@@ -144,10 +144,27 @@ def data(args: argparse.Namespace) -> int:
 
 def model(args: argparse.Namespace) -> int:
     """A tiny checkpoint with random weights."""
-    from launch.tiny_model import make_tiny_qwen3
+    from launch.tiny_model import FAMILIES, make_tiny
 
-    print(make_tiny_qwen3(args.out, seed=args.seed))
+    if args.family not in FAMILIES:
+        raise LaunchError(f"--family: got {args.family!r}, expected {', '.join(FAMILIES)}")
+    print(make_tiny(args.family, args.out, seed=args.seed))
     return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Converts a checkpoint folder; its progress goes to standard error."""
+    import subprocess
+
+    back = args.direction == "mcore-to-hf"
+    if back != (args.like is not None):
+        expected = "the Hugging Face folder the model came from" if back else "no such option"
+        raise LaunchError(f"--like: got {args.like}, expected {expected} with {args.direction}")
+    like = ["--like", str(args.like)] if back else []
+    # Megatron-Core warns of every library that a CPU does without.
+    python = [sys.executable, "-W", "ignore", "-m", "learner.convert"]
+    argv = [*python, args.direction, str(args.source), "--out", str(args.out), *like]
+    return subprocess.run(argv, check=False).returncode
 
 
 def status(args: argparse.Namespace) -> int:

@@ -155,7 +155,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint folder that transformers loads, with the source's config and tokenizer."""
-        save_hf(self.export(), folder, self._folder)
+        save_hf(self.export(), self._shape, folder, self._folder)
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""

@@ -12,86 +12,138 @@ from safetensors.torch import save_file
 
 from learner.convert.names import hf_shapes, rules
 from learner.errors import ModelError
-from learner.model.hf_config import Qwen3Shape
+from learner.model.shape import Shape
 
 COPIED_PATTERNS = ("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja")
 """Files a checkpoint folder has beside its weights: architecture, tokenizer, chat template."""
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights, as the safetensors format names them."""
 
-def load_hf(model: GPTModel, shape: Qwen3Shape, folder: Path) -> None:
+
+class HfFolder:
+    """The tensors of `folder`/*.safetensors, read one by one when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file. Raises `ModelError` if there is none or a tensor is stored twice."""
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Name and shape of every tensor, before any is read."""
+        self._files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, framework="pt", device="cpu")
+            for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+                if name in self.shapes:
+                    raise ModelError(f"{path}: tensor {name} is stored twice; keep one copy of the weights")
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                self._files[name] = file
+        if not self.shapes:
+            raise ModelError(
+                f"{folder}: no *.safetensors file; give a Hugging Face checkpoint folder with weights"
+            )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored. Raises `ModelError` for one that is not floating point."""
+        found = self._files[name].get_slice(name).get_dtype()
+        if found not in DTYPES:
+            raise ModelError(
+                f"{self.folder}: tensor {name}: got dtype {found}, expected {' or '.join(DTYPES)}"
+            )
+        return DTYPES[found]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored."""
+        return self._files[name].get_tensor(name)
+
+
+def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
     """Load every tensor of `folder`/*.safetensors into `model`, as fp32.
 
-    Raises `ModelError` naming the tensor when one is missing, unknown, stored twice or of another shape.
+    Tensors of multi-token prediction are checked and left alone: `save_hf` copies them. Raises
+    `ModelError` naming the tensor when one is missing, unknown, stored twice or of another shape.
     """
-    tensors = _read_tensors(folder)
-    _check_coverage(tensors, shape, folder)
-    state = {rule.mcore: rule.merge([tensors[name] for name in rule.hf]) for rule in rules(shape)}
-    parameters = dict(model.named_parameters())
+    source = HfFolder(folder)
+    check_coverage(source, shape)
+    targets = _tensors(model)
     with torch.no_grad():
-        for name, value in state.items():
-            parameters.pop(name).copy_(value)
-    if parameters:
+        for rule in rules(shape):
+            parts = [source.tensor(part.name).float() for part in rule.parts]
+            targets.pop(rule.mcore).copy_(rule.merge(parts))
+    if targets:
         raise ModelError(
-            f"{folder}: no rule fills {sorted(parameters)} of the model; learner/convert/names.py needs one"
+            f"{folder}: no rule fills {sorted(targets)} of the model; learner/convert/names.py needs one"
         )
 
 
-def export_hf(model: GPTModel, shape: Qwen3Shape) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face names: fp32 copies on the CPU, always in the same order."""
-    parameters = dict(model.named_parameters())
-    shapes = hf_shapes(shape)
+def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
+    """The trained weights under Hugging Face names: fp32 copies on the CPU, always in the same order."""
+    sources = _tensors(model)
     tensors = {}
     for rule in rules(shape):
-        merged = parameters[rule.mcore].detach()
-        parts = rule.split(merged, [shapes[name][0] for name in rule.hf])
-        for name, part in zip(rule.hf, parts, strict=True):
-            tensors[name] = torch.empty(shapes[name]).copy_(part)
+        split = rule.split(sources[rule.mcore].detach())
+        for part, tensor in zip(rule.parts, split, strict=True):
+            tensors[part.name] = torch.empty(part.shape).copy_(tensor)
     return tensors
 
 
-def save_hf(tensors: dict[str, torch.Tensor], folder: Path, source: Path) -> None:
-    """Write exported `tensors` to `folder` with config and tokenizer files copied from `source`."""
+def save_hf(tensors: dict[str, torch.Tensor], shape: Shape, folder: Path, source: Path) -> None:
+    """Write exported `tensors` to `folder`, with what is not trained copied from `source`.
+
+    That is config and tokenizer files, and, as they are stored, the tensors of multi-token prediction.
+    """
+    copy_files(source, folder)
+    stored = HfFolder(source)
+    carried = {name: stored.tensor(name) for name in hf_shapes(shape, mtp=True) if name in stored.shapes}
+    save_file({**tensors, **carried}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy what `source` has beside its weights to `folder`, made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED_PATTERNS:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder}: no *.safetensors file; give a Hugging Face checkpoint folder with weights"
-        )
-    tensors: dict[str, torch.Tensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt", device="cpu") as shard:
-            for name in shard.keys():  # noqa: SIM118 (a handle, not a mapping)
-                if name in tensors:
-                    raise ModelError(f"{path}: tensor {name} is stored twice; keep one copy of the weights")
-                tensors[name] = shard.get_tensor(name).float()
-    return tensors
+def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers of `model` by name; writing to them writes to the model."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _check_coverage(tensors: dict[str, torch.Tensor], shape: Qwen3Shape, folder: Path) -> None:
+def check_coverage(source: HfFolder, shape: Shape) -> None:
+    """Raise `ModelError` unless `source` has exactly the tensors of `shape`, of the right shapes and kind.
+
+    Those of multi-token prediction may be there, all of them, or not.
+    """
+    found = dict(source.shapes)
     expected = hf_shapes(shape)
-    # Published tied checkpoints often store the shared matrix under both names.
-    if shape.tie_word_embeddings and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
-            raise ModelError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight, yet config.json says "
-                "tie_word_embeddings; set it to false or remove lm_head.weight"
-            )
+    extra = hf_shapes(shape, mtp=True)
+    if found.keys() & extra.keys():
+        expected |= extra
+    if shape.tied and found.pop("lm_head.weight", None):
+        _check_tied(source)
     for name, dims in expected.items():
-        if name not in tensors:
-            raise ModelError(f"{folder}: tensor {name} is missing, expected shape {dims}")
-        if tuple(tensors[name].shape) != dims:
-            got = tuple(tensors[name].shape)
-            raise ModelError(f"{folder}: tensor {name}: got shape {got}, expected {dims} by config.json")
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
+        got = found.pop(name, None)
+        if got is None:
+            raise ModelError(f"{source.folder}: tensor {name} is missing, expected shape {dims}")
+        if got != dims:
+            raise ModelError(
+                f"{source.folder}: tensor {name}: got shape {got}, expected {dims} by config.json"
+            )
+        source.dtype(name)
+    if found:
         raise ModelError(
-            f"{folder}: unknown tensors {unknown}; expected exactly those of a dense Qwen3 model"
+            f"{source.folder}: unknown tensors {sorted(found)}; expected exactly those of a {shape.family} "
+            "model of this config.json"
+        )
+
+
+def _check_tied(source: HfFolder) -> None:
+    """Published tied checkpoints often store the shared matrix under both names."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding in source.shapes and not torch.equal(source.tensor(head), source.tensor(embedding)):
+        raise ModelError(
+            f"{source.folder}: {head} differs from {embedding}, yet config.json says tie_word_embeddings; "
+            f"set it to false or remove {head}"
         )

@@ -68,10 +68,12 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """The arguments with which Megatron-Core's `SelfAttention` builds its core."""
+        """The arguments with which Megatron-Core's attention modules build their core."""
         super().__init__(config=config)
         self.scale = softmax_scale
 
@@ -85,7 +87,7 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
-        """Attend: `query` [T, heads, D], `key` and `value` [T, groups, D]; returns [T, heads * D]."""
+        """Attend: `query` [T, heads, D], `key` and `value` [T, groups, D or Dv]; returns [T, heads * Dv]."""
         repeats = query.size(1) // key.size(1)
         outputs = []
         for indices in packed_seq_params.classes:

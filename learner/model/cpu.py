@@ -6,16 +6,28 @@ replaced, never modules, so that model, data parallelism and optimizer stay Mega
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
+
+from learner.model import delta_rule
 
 
 class _NoStream:
-    """What `torch.cuda.current_stream` gives here: work on a CPU is in order already."""
+    """A CUDA stream and its events where there are none: work on a CPU is in order already."""
+
+    def record_event(self) -> _NoStream:
+        """The event that the work so far is done, which it is."""
+        return self
+
+    def synchronize(self) -> None:
+        """Wait for that event."""
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -39,8 +51,18 @@ def stand_in_for_cuda() -> None:
     """Replace what Megatron-Core calls on a machine without CUDA; calling it again changes nothing."""
     # Rotary tables, gradient buffers and buckets are allocated on the current device.
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # The gradient all-reduce asks for the current stream even when nothing overlaps.
-    torch.cuda.current_stream = lambda device=None: _NoStream()
+    # The gradient all-reduce and the experts' dispatcher use streams even when nothing overlaps.
+    stream = _NoStream()
+    torch.cuda.current_stream = lambda device=None: stream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    # Some functions are compiled at their first call, for which a host needs a C++ compiler.
+    torch.compiler.set_stance("force_eager")
+    # Gated DeltaNet takes three functions from flash-linear-attention, which needs a GPU.
+    common.HAVE_FLA = True
+    common.l2norm = delta_rule.l2norm
+    gdn.causal_conv1d = delta_rule.causal_conv1d
+    gdn.chunk_gated_delta_rule = delta_rule.chunk_gated_delta_rule
     # The unfused rotary embedding of packed sequences runs a few kernels for every sequence.
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
@@ -63,6 +85,8 @@ def rotate_packed(
     positions = torch.arange(t.size(0)) - starts
     cos, sin = ((table(freqs) * mscale).flatten(1)[positions, None] for table in (torch.cos, torch.sin))
     rotated, rest = t[..., : cos.size(-1)], t[..., cos.size(-1) :]
+    if mla_rotary_interleaved:  # DeepSeek's pairs are neighbours in the checkpoint
+        rotated = torch.cat((rotated[..., ::2], rotated[..., 1::2]), dim=-1)
     half = rope_utils._rotate_half(rotated, rotary_interleaved)
     turned = rotated * cos.to(t.dtype) + half * sin.to(t.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned

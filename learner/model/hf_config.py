@@ -1,7 +1,8 @@
-"""What a Hugging Face config.json says of a dense Qwen3 model, read strictly.
+"""What a Hugging Face config.json says of a model, read strictly.
 
-A field that changes the mathematics and is not built here is refused by name: a model that trains
-on slightly different mathematics than the engine samples from fails without a message.
+A field that changes the mathematics and is not built here is refused by name, and so is one that
+nobody knows: a model that trains on slightly different mathematics than the engine samples from
+fails without a message.
 """
 
 from __future__ import annotations
@@ -12,71 +13,85 @@ from typing import Any
 
 import msgspec
 
-from learner.errors import ModelError
+from learner.errors import ConfigError, ModelError
+from learner.model.families import FAMILIES, Family
+from learner.model.shape import Shape
+
+IGNORED = frozenset(
+    {
+        "_name_or_path",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Fields of every family that do not change the model's output."""
 
 
-class Qwen3Shape(msgspec.Struct, frozen=True):
-    """The fields of config.json that fix the architecture."""
-
-    vocab_size: int
-    """Rows of the embedding."""
-    hidden_size: int
-    """Width of the residual stream."""
-    intermediate_size: int
-    """Width of the gated MLP."""
-    num_hidden_layers: int
-    """Layers."""
-    num_attention_heads: int
-    """Query heads."""
-    num_key_value_heads: int
-    """Key and value heads; divides the query heads."""
-    head_dim: int
-    """Width of one head."""
-    rms_norm_eps: float
-    """Epsilon of every norm."""
-    max_position_embeddings: int
-    """Longest sequence."""
-    rope_theta: float
-    """Base of the rotary embedding."""
-    tie_word_embeddings: bool
-    """Whether the output layer is the embedding."""
-
-
-def read_shape(folder: Path) -> Qwen3Shape:
+def read_shape(folder: Path) -> Shape:
     """Read `folder`/config.json. Raises `ModelError` naming the file and the field."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        return shape_of(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; give a Hugging Face checkpoint folder") from error
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: not JSON ({error}); copy the checkpoint again") from error
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    _refuse_unsupported(path, raw, rope)
-    fields = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    fields.setdefault("tie_word_embeddings", False)
-    try:
-        return msgspec.convert(fields, Qwen3Shape)
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{path}: {error}; expected the config.json of a dense Qwen3 model") from error
+    except (ConfigError, msgspec.ValidationError) as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
-def _refuse_unsupported(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Raise for the first field whose value means a computation that is not built."""
-    expected = {
-        "model_type": (raw.get("model_type"), "qwen3"),
-        "architectures": (raw.get("architectures", ["Qwen3ForCausalLM"]), ["Qwen3ForCausalLM"]),
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "attention_dropout": (raw.get("attention_dropout", 0.0), 0.0),
-        "use_sliding_window": (raw.get("use_sliding_window", False), False),
-        "layer_types": (sorted(set(raw.get("layer_types") or ["full_attention"])), ["full_attention"]),
-        "rope_parameters.rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "rope_parameters.partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
-        "quantization_config": (raw.get("quantization_config"), None),
-    }
-    for name, (got, wanted) in expected.items():
-        if got != wanted:
-            raise ModelError(
-                f"{path}: {name}: got {got!r}, expected {wanted!r}; only dense Qwen3 models are built here"
+def shape_of(config: dict[str, Any]) -> Shape:
+    """The architecture that the fields of a config.json describe.
+
+    Raises `ConfigError` for a value or a field that is not built, and `msgspec.ValidationError` for a
+    missing field or one of another type.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(f"model_type: got {model_type!r}, expected one of {sorted(FAMILIES)}")
+    architecture, family = FAMILIES[model_type]
+    _expect("architectures", config.get("architectures") or [architecture], [architecture])
+    fields = config | _rope(config, "yarn" in family.__struct_fields__)
+    _refuse_others(fields, family)
+    return msgspec.convert(fields, family).shape()
+
+
+def _rope(config: dict[str, Any], stretched: bool) -> dict[str, Any]:
+    """Rotary fields, from where transformers 5 writes them or from where older checkpoints do.
+
+    `stretched`: whether the family is built with YaRN.
+    """
+    place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(place) or {}
+    read = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    others = {name: rope[name] for name in rope.keys() - read.keys() - {"rope_type", "type"}}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "yarn" and stretched:
+        return {**read, "yarn": others}
+    _expect(f"{place}.rope_type", kind, "default")
+    for name, value in sorted(others.items()):
+        raise ConfigError(f"{place}.{name}: got {value!r}, expected no such field")
+    return read
+
+
+def _refuse_others(fields: dict[str, Any], family: type[Family]) -> None:
+    known = {"rope_parameters", "rope_scaling", *family.__struct_fields__, *IGNORED, *family.ignored}
+    for name, value in sorted(fields.items()):
+        if name in family.fixed:
+            _expect(name, value, family.fixed[name])
+        elif name not in known:
+            raise ConfigError(
+                f"{name}: got {value!r}, expected no such field in a {fields['model_type']} model; remove it "
+                "if it does not change the model's output"
             )
+
+
+def _expect(name: str, got: Any, wanted: Any) -> None:
+    if got != wanted:
+        raise ConfigError(f"{name}: got {got!r}, expected {wanted!r}; nothing else is built here")

@@ -2,15 +2,108 @@
 
 from __future__ import annotations
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_gated_delta_net_module_spec,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from learner.model.attention import PackedAttention
+from learner.model.norm import NormColumnParallelLinear, RMSNorm
+from learner.model.shape import LatentAttention, Layer, Shape
+
+LATENT_NORM_EPS = 1e-6
+"""Epsilon of the norms inside latent attention, whatever config.json says of the others (transformers'
+`DeepseekV3Attention` leaves them at their default)."""
 
 
-def layer_spec() -> ModuleSpec:
-    """Megatron-Core's local dense layer with RMS norms, query and key norms, and our attention core."""
-    submodules = get_gpt_layer_local_submodules(qk_layernorm=True, normalization="RMSNorm")
-    submodules.self_attention.submodules.core_attention = PackedAttention
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+class CpuBackend(LocalSpecProvider):
+    """Megatron-Core's own modules, with our norms and attention core for those that need a GPU."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """A norm and the linear layer behind it are one module, as with Transformer Engine."""
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        """That module."""
+        return NormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        """A norm by itself."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """Softmax attention over packed sequences."""
+        return PackedAttention
+
+
+def block_spec(shape: Shape, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The modules of all layers and of the norm behind them."""
+    backend = CpuBackend()
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(shape, layer, config, backend) for layer in shape.layers],
+        layer_norm=backend.layer_norm(),
+    )
+
+
+def _layer(shape: Shape, layer: Layer, config: TransformerConfig, backend: CpuBackend) -> ModuleSpec:
+    latent = isinstance(shape.attention, LatentAttention)
+    if layer.delta_net:
+        mixer = get_gated_delta_net_module_spec(config, backend)
+    else:
+        mixer = _latent_attention(backend) if latent else _attention(backend)
+    experts = config.num_moe_experts if layer.experts else None
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            # Where the first linear layer of a block has no norm of its own, one stands before it.
+            input_layernorm=backend.layer_norm() if latent else IdentityOp,
+            self_attention=mixer,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm() if layer.experts else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(backend, num_experts=experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(backend: CpuBackend) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=backend.layer_norm(),
+            k_layernorm=backend.layer_norm(),
+        ),
+    )
+
+
+def _latent_attention(backend: CpuBackend) -> ModuleSpec:
+    normed = ModuleSpec(backend.column_parallel_layer_norm_linear(), params={"eps": LATENT_NORM_EPS})
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=backend.column_parallel_linear(),
+            linear_q_down_proj=backend.column_parallel_linear(),
+            linear_q_up_proj=normed,
+            linear_kv_down_proj=backend.column_parallel_linear(),
+            linear_kv_up_proj=normed,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
+        ),
+    )

@@ -17,6 +17,10 @@ HEAVY = {"torch", "transformers", "sglang", "megatron", "ray", "wandb", "matplot
 DATA_FREE = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 """Formats that run code when they are read: records and weights never use them."""
 
+INDEX = ROOT / "learner/convert/dist_index.py"
+"""The one exception: torch's index of a distributed checkpoint is a pickle. What is read there can
+build that index's own classes and nothing else; tests/unit/learner/test_convert.py tries."""
+
 
 def _sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
@@ -59,7 +63,8 @@ def test_launch_imports_nothing_heavy_at_the_top() -> None:
 def test_nothing_that_is_read_can_run_code() -> None:
     for package in PACKAGES:
         for path in _sources(package):
-            assert not {name for name, _ in _imports(path)} & set(DATA_FREE), path
+            unsafe = {name for name, _ in _imports(path)} & set(DATA_FREE)
+            assert unsafe == ({"pickle"} if path == INDEX else set()), path
             for call in ast.walk(ast.parse(path.read_text())):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load":
                     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}

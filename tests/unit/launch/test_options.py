@@ -20,7 +20,8 @@ OPTIONS = {
     "doctor": ["--run", "--json", "--redis"],
     "sft": [*RUN, "--out"],
     "data": ["--out", "--seed"],
-    "model": ["--out", "--seed"],
+    "model": ["--out", "--family", "--seed"],
+    "convert": ["--like", "--out"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
     "verify": ["--run", "--redis", "--json"],
@@ -60,6 +61,12 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["convert", "mcore-to-hf", "a", "--out", "b"], "--like: got None, expected the Hugging Face folder"),
+        (
+            ["convert", "hf-to-mcore", "a", "--out", "b", "--like", "c"],
+            "--like: got c, expected no such option",
+        ),
+        (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_code_2(

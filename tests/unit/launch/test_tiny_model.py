@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from launch.tiny_model import ANSWER_ID, EOS, EOS_ID, VOCABULARY, make_tiny_qwen3
+from launch.tiny_model import ANSWER_ID, EOS, EOS_ID, FAMILIES, VOCABULARY, make_tiny, make_tiny_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,30 @@ def test_transformers_loads_the_weights_as_written(folder: Path) -> None:
     assert all(np.array_equal(written[name], loaded[name].numpy()) for name in written)
     assert model.generation_config.eos_token_id == EOS_ID
     assert model.config.rope_parameters["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_in_transformers_and_starts_as_theirs_does(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        make_tiny(family, tmp_path, seed=0), output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert tensor.isfinite().all(), name
+        if name.endswith(("norm.weight", "dt_bias")):
+            assert tensor.equal(fresh[name]), name
+        if name.endswith("A_log"):
+            assert 0 <= tensor.min() < tensor.max() <= np.log(16), name
+
+
+def test_the_default_family_is_dense(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        assert (
+            make_tiny("qwen3", tmp_path, seed=0).joinpath(name).read_bytes() == (folder / name).read_bytes()
+        )
 
 
 def test_transformers_and_tokenizers_agree(folder: Path, tokenizer: Tokenizer) -> None:

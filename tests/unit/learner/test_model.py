@@ -136,7 +136,7 @@ def test_sampling_repeats_with_its_seed_and_stops_at_the_end_token(make_checkpoi
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
     shape = {**SMALL, "rms_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **shape}))
-    assert read_shape(tmp_path).head_dim == 16
+    assert read_shape(tmp_path).attention.head_dim == 16
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **shape, field: value}))
     with pytest.raises(ModelError, match=field):
         read_shape(tmp_path)

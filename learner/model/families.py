@@ -1,0 +1,263 @@
+"""The families of models that are built, each with the fields of its config.json.
+
+A field is read, or must have the one value that is built, or says nothing about the mathematics;
+any other is refused by name (`learner/model/hf_config.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from learner.errors import ConfigError
+from learner.model.shape import Attention, DeltaNet, Experts, LatentAttention, Layer, Shape, Yarn
+
+
+class Family(msgspec.Struct, kw_only=True, frozen=True):
+    """What config.json says in every family."""
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "quantization_config": None,
+    }
+    """Fields with the only value that is built; absent means that value."""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the family that do not change the model's output."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    """With `partial_rotary_factor`: from `rope_parameters` where that has it."""
+    partial_rotary_factor: float | None = None
+
+    def shape(self) -> Shape:
+        """The architecture. Raises `ConfigError` for a combination that is not built."""
+        raise NotImplementedError
+
+    def _shape(self, **fields: Any) -> Shape:
+        """The fields that all families share, and those given."""
+        return Shape(
+            family=self.model_type,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            dense_width=self.intermediate_size,
+            norm_eps=self.rms_norm_eps,
+            max_length=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            tied=self.tie_word_embeddings,
+            **fields,
+        )
+
+    def _expect(self, field: str, value: Any, *accepted: Any) -> None:
+        if value not in accepted:
+            wanted = " or ".join(repr(item) for item in accepted)
+            raise ConfigError(f"{field}: got {value!r}, expected {wanted}; nothing else is built here")
+
+
+class Qwen3(Family, kw_only=True, frozen=True):
+    """Dense Qwen3."""
+
+    fixed: ClassVar[dict[str, Any]] = {**Family.fixed, "use_sliding_window": False}
+    ignored: ClassVar[frozenset[str]] = frozenset({"max_window_layers", "sliding_window"})
+
+    head_dim: int
+    layer_types: list[str] | None = None
+
+    def shape(self) -> Shape:
+        """Softmax attention and a dense MLP in every layer."""
+        return self._shape(attention=self._attention(), layers=self._layers())
+
+    def _attention(self) -> Attention:
+        self._expect("partial_rotary_factor", self.partial_rotary_factor, None, 1.0)
+        return Attention(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+
+    def _layers(self) -> tuple[Layer, ...]:
+        self._expect("layer_types", sorted(set(self.layer_types or ["full_attention"])), ["full_attention"])
+        return (Layer(delta_net=False, experts=False),) * self.num_hidden_layers
+
+
+class Qwen3Moe(Qwen3, kw_only=True, frozen=True):
+    """Qwen3 with experts."""
+
+    ignored: ClassVar[frozenset[str]] = Qwen3.ignored | {"output_router_logits", "router_aux_loss_coef"}
+
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    """What transformers 5 calls `num_experts`."""
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+
+    def shape(self) -> Shape:
+        """Softmax attention in every layer, experts in those that config.json names."""
+        return self._shape(attention=self._attention(), layers=self._layers(), experts=self._experts())
+
+    def _layers(self) -> tuple[Layer, ...]:
+        (layer, *_) = super()._layers()
+        return tuple(Layer(layer.delta_net, self._sparse(index)) for index in range(self.num_hidden_layers))
+
+    def _sparse(self, index: int) -> bool:
+        return index not in (self.mlp_only_layers or []) and (index + 1) % self.decoder_sparse_step == 0
+
+    def _experts(self, **shared: Any) -> Experts:
+        count = self.num_local_experts if self.num_experts is None else self.num_experts
+        if count is None:
+            raise ConfigError("num_experts: missing; copy config.json of the checkpoint again")
+        _check_choice(self.num_experts_per_tok, count)
+        normalised = self.norm_topk_prob
+        return Experts(
+            count, self.num_experts_per_tok, self.moe_intermediate_size, normalised=normalised, **shared
+        )
+
+
+class Qwen3Next(Qwen3Moe, kw_only=True, frozen=True):
+    """Qwen3-Next: gated DeltaNet, gated attention, experts with a gated shared one, norms at zero."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    shared_expert_intermediate_size: int
+    norm_topk_prob: bool = True
+    full_attention_interval: int = 4
+    """Every how many layers softmax attention stands, unless `layer_types` lists them."""
+
+    def shape(self) -> Shape:
+        """Gated DeltaNet or gated attention in each layer."""
+        return self._shape(
+            attention=self._attention(),
+            layers=self._layers(),
+            delta_net=DeltaNet(
+                self.linear_num_key_heads,
+                self.linear_num_value_heads,
+                self.linear_key_head_dim,
+                self.linear_value_head_dim,
+                self.linear_conv_kernel_dim,
+            ),
+            experts=self._experts(shared_width=self.shared_expert_intermediate_size, shared_gate=True),
+            mtp_layers=1,
+            zero_centred=True,
+        )
+
+    def _attention(self) -> Attention:
+        share = 0.25 if self.partial_rotary_factor is None else self.partial_rotary_factor
+        return Attention(self.num_attention_heads, self.num_key_value_heads, self.head_dim, share, gated=True)
+
+    def _layers(self) -> tuple[Layer, ...]:
+        kinds = self.layer_types or [
+            "linear_attention" if (index + 1) % self.full_attention_interval else "full_attention"
+            for index in range(self.num_hidden_layers)
+        ]
+        if len(kinds) != self.num_hidden_layers:
+            raise ConfigError(
+                f"layer_types: got {len(kinds)} layers, expected num_hidden_layers = {self.num_hidden_layers}"
+            )
+        for kind in kinds:
+            self._expect("layer_types", kind, "linear_attention", "full_attention")
+        return tuple(
+            Layer(kind == "linear_attention", self._sparse(index)) for index, kind in enumerate(kinds)
+        )
+
+
+class DeepseekV3(Family, kw_only=True, frozen=True):
+    """DeepSeek-V3 and Moonlight: latent attention, experts chosen by biased sigmoids, shared experts."""
+
+    fixed: ClassVar[dict[str, Any]] = {
+        **Family.fixed,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "partial_rotary_factor": None,
+        "rope_interleave": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"auto_map", "aux_loss_alpha", "ep_size", "head_dim", "pretraining_tp", "qk_head_dim", "seq_aux"}
+    )
+
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    first_k_dense_replace: int
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    num_nextn_predict_layers: int = 0
+    yarn: Yarn | None = None
+    """Read from `rope_parameters`."""
+
+    def shape(self) -> Shape:
+        """Latent attention in every layer, experts behind the first few."""
+        self._expect("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads)
+        _check_choice(self.num_experts_per_tok, self.n_routed_experts)
+        if self.n_group > 1:  # a group's score is the sum of its best two; here, of as many as it may give
+            self._expect("num_experts_per_tok", self.num_experts_per_tok, 2 * self.topk_group)
+        return self._shape(
+            attention=LatentAttention(
+                self.num_attention_heads,
+                self.q_lora_rank,
+                self.kv_lora_rank,
+                self.qk_nope_head_dim,
+                self.qk_rope_head_dim,
+                self.v_head_dim,
+                self._yarn(),
+            ),
+            mtp_layers=self.num_nextn_predict_layers,
+            layers=tuple(
+                Layer(delta_net=False, experts=index >= self.first_k_dense_replace)
+                for index in range(self.num_hidden_layers)
+            ),
+            experts=Experts(
+                self.n_routed_experts,
+                self.num_experts_per_tok,
+                self.moe_intermediate_size,
+                score="sigmoid",
+                scale=self.routed_scaling_factor,
+                groups=self.n_group,
+                chosen_groups=self.topk_group,
+                shared_width=self.moe_intermediate_size * self.n_shared_experts,
+            ),
+        )
+
+    def _yarn(self) -> Yarn | None:
+        if self.yarn is not None and not (self.yarn.mscale and self.yarn.mscale_all_dim):
+            raise ConfigError(
+                f"rope_parameters: got mscale {self.yarn.mscale}, mscale_all_dim {self.yarn.mscale_all_dim}, "
+                "expected neither to be 0; nothing else is built here"
+            )
+        return self.yarn
+
+
+def _check_choice(chosen: int, count: int) -> None:
+    if not 2 <= chosen <= count:
+        raise ConfigError(f"num_experts_per_tok: got {chosen}, expected 2 to {count} (the number of experts)")
+
+
+FAMILIES: dict[str, tuple[str, type[Family]]] = {
+    "qwen3": ("Qwen3ForCausalLM", Qwen3),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", Qwen3Moe),
+    "qwen3_next": ("Qwen3NextForCausalLM", Qwen3Next),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DeepseekV3),
+}
+"""Of each `model_type` its one architecture and its fields."""
