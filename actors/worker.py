@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import tokenizers
 import uvloop
 
 from actors.config import EngineConfig, RolloutConfig
 from actors.engine import Engine
-from actors.errors import ActorError, EngineError, RewardError
+from actors.environments.base import load_environment
+from actors.environments.text import Tokens
+from actors.errors import ActorError, EngineError, LoadError, RewardError
 from actors.publish import publish
-from actors.rewards import load_reward
+from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
 from actors.weights import WeightWorker
 from buffer.admission import Admit, Drop, Heartbeat, JoinActor, Lease
@@ -63,6 +64,8 @@ class Actor:
         self._model, self._logs = model, logs
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(settings.rollout.concurrency)
+        self._environment = load_environment(settings.rollout.environment)
+        self._rewards = RewardPool(settings.rollout.reward, settings.rollout.limits)
         self._state, self._version, self._requests = "starting", -1, 0
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -111,7 +114,7 @@ class Actor:
             raise
         finally:
             await _cancel(*loops, halted, *self._tasks.values())
-            await engine.stop()
+            await asyncio.gather(engine.stop(), self._rewards.close(), self._environment.close())
 
     async def _start_engine(self) -> Engine:
         started = time.monotonic()
@@ -141,15 +144,16 @@ class Actor:
                 await self._stream.take(self._stream.key("places"), _WAIT_S)
 
     def _recipe(self) -> Recipe:
-        tokenizer = tokenizers.Tokenizer.from_file(str(self._model / "tokenizer.json"))
         return Recipe(
             actor=self._name,
             actor_epoch=int(self.epoch.partition(":")[0]),
             run_seed=self._settings.seed,
             group_size=self._settings.stream.group_size,
             sampling=self._settings.rollout.sampling,
-            reward=load_reward(self._settings.rollout.reward),
-            decode=tokenizer.decode,
+            environment=self._environment,
+            timeout_s=self._settings.rollout.environment.timeout_s,
+            rewards=self._rewards,
+            text=Tokens(self._model / "tokenizer.json"),
         )
 
     async def _work(self, engine: Engine, lease: Lease, recipe: Recipe) -> None:
@@ -157,6 +161,8 @@ class Actor:
         reason = "released"
         try:
             group = await rollout(engine, lease, recipe)
+            if missing := recipe.group_size - len(group.samples):
+                log.warning("group %s: %d samples are invalid and left out", lease.group, missing)
             answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
             reason = ""
             if answer.status == "ok":
@@ -167,6 +173,9 @@ class Actor:
         except RewardError as error:
             reason = "reward"
             log.error("group %s: %s", lease.group, error)
+        except LoadError as error:
+            if not self._failed.done():
+                self._failed.set_exception(error)
         except EngineError as error:
             reason = "engine"
             if not self._failed.done():
