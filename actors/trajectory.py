@@ -25,7 +25,7 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
     """A conversation without its reward."""
 
     tokens: list[int]
-    """Prompt ids, then answer ids. What an environment writes before the policy's first turn is prompt;
+    """Prompt ids, then answer ids. What an environment writes before the policy's first token is prompt;
     what it writes after the last one is left out."""
     prompt_length: int
     logprobs: list[float]
@@ -35,9 +35,9 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
     labels: list[tuple[int, str]]
     """Runs of answer tokens and the label of the version that wrote them; neighbours differ."""
     finish_reason: str
-    """Of the policy's last turn."""
+    """Of the policy's last turn, `length` where there was no room for one."""
     final: list[int]
-    """Ids of the policy's last turn: what the reward function reads."""
+    """Ids of that turn: what the reward function reads."""
     trained: int
     """How many answer tokens are the policy's."""
     award: float | None
@@ -59,12 +59,11 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
 
 def lay_out(prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
     """The trajectory of a prompt and its turns. Raises `SampleError` if the policy has no turn."""
-    own = [index for index, turn in enumerate(turns) if turn.completion is not None]
+    own = [turn for turn in turns if turn.completion is not None]
     if not own:
         raise SampleError("environment", f"it returned {len(turns)} turns, expected one of the policy's")
-    opening = [token for turn in turns[: own[0]] for token in turn.tokens]
-    answer = turns[own[0] : own[-1] + 1]
-    last = turns[own[-1]]
+    opening, answer = _parts(turns)
+    last = own[-1]
     assert last.completion is not None
     awards = [turn.reward for turn in turns if turn.reward is not None]
     return Trajectory(
@@ -75,9 +74,18 @@ def lay_out(prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
         labels=_labels(answer),
         finish_reason=last.completion.finish_reason,
         final=last.tokens,
-        trained=sum(len(turn.tokens) for turn in answer if turn.completion is not None),
+        trained=sum(len(turn.tokens) for turn in own),
         award=sum(awards) if awards else None,
     )
+
+
+def _parts(turns: Sequence[Turn]) -> tuple[list[int], Sequence[Turn]]:
+    """Tokens before the policy's first one, and the turns from that to its last one."""
+    spoken = [index for index, turn in enumerate(turns) if turn.completion is not None and turn.tokens]
+    if not spoken:
+        return [], []
+    opening = [token for turn in turns[: spoken[0]] for token in turn.tokens]
+    return opening, turns[spoken[0] : spoken[-1] + 1]
 
 
 def _logprobs(turn: Turn) -> list[float]:
@@ -105,13 +113,13 @@ def _runs(mask: list[bool]) -> list[int]:
 
 
 def _labels(turns: Sequence[Turn]) -> list[tuple[int, str]]:
-    """Runs of one version; tokens that are not the policy's continue the run before them."""
+    """Runs of one version, from a turn of the policy's on; other tokens continue the run before them."""
     runs: list[tuple[int, str]] = []
     for turn in turns:
         if not turn.tokens:
             continue
-        label = turn.completion.version_label if turn.completion is not None else ""
-        if runs and label in ("", runs[-1][1]):
+        label = turn.completion.version_label if turn.completion is not None else runs[-1][1]
+        if runs and label == runs[-1][1]:
             runs[-1] = (runs[-1][0] + len(turn.tokens), runs[-1][1])
         else:
             runs.append((len(turn.tokens), label))

@@ -11,6 +11,7 @@ import msgspec
 from actors.config import SamplingConfig
 from actors.engine import Completion
 from actors.environments.base import Turn
+from actors.errors import EngineError
 
 
 class Generator(Protocol):
@@ -74,13 +75,15 @@ class Batcher:
     async def _call(self, batch: _Batch) -> None:
         try:
             completions = await self._engine.generate(batch.context, batch.seeds, batch.sampling)
-            pairs = list(zip(batch.answers, completions, strict=True))
+            if len(completions) != len(batch.seeds):
+                problem = f"got {len(completions)} answers, expected {len(batch.seeds)}"
+                raise EngineError(f"generate: {problem}; one for each seed")
         except Exception as error:  # noqa: BLE001 - raised again where each sample waits
             for answer in batch.answers:
                 if not answer.done():
                     answer.set_exception(error)
             return
-        for answer, completion in pairs:
+        for answer, completion in zip(batch.answers, completions, strict=True):
             if not answer.done():
                 answer.set_result(completion)
 

@@ -14,8 +14,8 @@ from actors.limited.workers import Workers
 from buffer.schema import Prompt
 
 TOOLS = {
-    "calculator": "actors.environments.tools:calculator",
-    "python": "actors.environments.tools:python",
+    "calculator": "actors.limited.tools:calculator",
+    "python": "actors.limited.tools:python",
 }
 """The tools that ship, by name."""
 
@@ -62,7 +62,7 @@ class ToolUse(Environment):
         self._max_turns, self._bare, self._output_characters = max_turns, bare, output_characters
         self._opening, self._closing, self._before, self._after = opening, closing, before, after
         limited = msgspec.convert({"deadline_s": 5.0, "memory_mb": 512} | (limits or {}), LimitsConfig)
-        self._workers = Workers("actors.environments.tools:toolbox", [tools], limited)
+        self._workers = Workers("actors.limited.tools:toolbox", [tools], limited)
 
     async def run(self, example: Prompt, policy: Policy) -> list[Turn]:
         """The turns of one conversation."""

@@ -31,12 +31,14 @@ class LimitedProcess:
     a call that was cancelled, `end` it. `worn` says that it should be ended as well.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, mark: str, load: Load) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, mark: str, load: Load, wire: socket.socket
+    ) -> None:
         """Use `start`."""
-        self._process, self._mark, self._load = process, mark, load
+        self._process, self._mark, self._load, self._wire = process, mark, load, wire
         self._exited = asyncio.ensure_future(process.wait())
         self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self._writer: asyncio.StreamWriter | None = None
         self._calls = 0
         self.worn = False
         """Whether the last call left processes behind or half of the memory limit in use."""
@@ -46,21 +48,24 @@ class LimitedProcess:
         """Start a process and load its handler. Raises `LoadError` with what that raised; nothing is
         left then."""
         ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         mark = secrets.token_hex(16)
         variables = {MARK: mark, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "actors.limited.child", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                env=os.environ | variables,
-                start_new_session=True,
-            )
-        started = cls(process, mark, load)
-        ours.setblocking(False)
-        started._reader, started._writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_BYTES)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "actors.limited.child", str(theirs.fileno())),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    env=os.environ | variables,
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        started = cls(process, mark, load, ours)
         try:
             await started._loaded(start_timeout_s)
         except BaseException:
@@ -88,12 +93,16 @@ class LimitedProcess:
         """Kill the process and everything it started, as far as it can be found."""
         await asyncio.to_thread(end_family, self.pid, self._mark)
         await self._exited
+        if self._writer is None:
+            self._wire.close()
+            return
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
     async def _loaded(self, timeout_s: float) -> None:
-        """Send the load and wait for its reply."""
+        """Connect, send the load and wait for its reply."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._wire, limit=LINE_BYTES)
         try:
             reply = await self._ask(msgspec.json.encode(self._load), 0, timeout_s)
         except SampleError as error:
@@ -107,6 +116,7 @@ class LimitedProcess:
 
     async def _ask(self, line: bytes, number: int, deadline_s: float) -> Reply:
         """The reply to one line."""
+        assert self._writer is not None
         self._writer.write(line + b"\n")
         read = asyncio.ensure_future(self._reader.readline())
         try:
