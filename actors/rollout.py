@@ -15,7 +15,7 @@ import xxhash
 from actors.config import SamplingConfig
 from actors.environments import Environment
 from actors.environments.policy import Batcher, Generator, Policy, Text
-from actors.errors import ActorError, EngineError, RewardError, SampleError
+from actors.errors import ActorError, Cause, EngineError, RewardError, SampleError
 from actors.rewards.pool import Verdict
 from actors.trajectory import Trajectory, lay_out
 from buffer.admission import Lease
@@ -47,6 +47,8 @@ class Recipe(msgspec.Struct, frozen=True):
     """Seconds for one conversation."""
     rewards: Scorer
     text: Text
+    invalid: collections.Counter[Cause]
+    """Samples without a verdict so far, by cause; `rollout` counts here."""
 
 
 def request_seed(run_seed: int, position: int, attempt: int, sample: int, turn: int = 0) -> int:
@@ -118,6 +120,7 @@ async def _sample(
         text = recipe.text.decode(trajectory.final)
         verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
     except SampleError as error:
+        recipe.invalid[error.cause] += 1
         return error
     if trajectory.award is not None:
         parts = {**verdict.parts, "environment": trajectory.award}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import logging
 import os
@@ -29,7 +30,7 @@ from actors.config import EngineConfig, RolloutConfig
 from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
-from actors.errors import ActorError, EngineError, LoadError, RewardError
+from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
 from actors.publish import publish
 from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
@@ -66,6 +67,7 @@ class Actor:
         self._slots = asyncio.Semaphore(settings.rollout.concurrency)
         self._environment = load_environment(settings.rollout.environment)
         self._rewards = RewardPool(settings.rollout.reward, settings.rollout.limits)
+        self._invalid: collections.Counter[Cause] = collections.Counter()
         self._state, self._version, self._requests = "starting", -1, 0
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -154,6 +156,7 @@ class Actor:
             timeout_s=self._settings.rollout.environment.timeout_s,
             rewards=self._rewards,
             text=Tokens(self._model / "tokenizer.json"),
+            invalid=self._invalid,
         )
 
     async def _work(self, engine: Engine, lease: Lease, recipe: Recipe) -> None:
@@ -162,7 +165,12 @@ class Actor:
         try:
             group = await rollout(engine, lease, recipe)
             if missing := recipe.group_size - len(group.samples):
-                log.warning("group %s: %d samples are invalid and left out", lease.group, missing)
+                log.warning(
+                    "group %s: %d invalid samples left out; so far %s",
+                    lease.group,
+                    missing,
+                    dict(self._invalid),
+                )
             answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
             reason = ""
             if answer.status == "ok":
@@ -197,6 +205,7 @@ class Actor:
                 "in_flight": len(self._tasks),
                 "published": self._published,
                 "answer_tokens": self._tokens,
+                "invalid_samples": self._invalid.total(),
             }
             tokens = tuple(self._tasks)
             call = Heartbeat(self._name, self.epoch, self._state, msgspec.json.encode(stats).decode(), tokens)

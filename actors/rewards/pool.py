@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import collections
-
 import msgspec
 
 from actors.config import LimitsConfig, RewardPart
-from actors.errors import Cause, SampleError
 from actors.limited.workers import Workers
 
 
@@ -35,22 +32,16 @@ class RewardPool:
     def __init__(self, reward: str | dict[str, RewardPart], limits: LimitsConfig) -> None:
         self._workers = Workers("actors.rewards.score:scorer", [msgspec.to_builtins(reward)], limits)
         self._idle = not reward
-        self.invalid: collections.Counter[Cause] = collections.Counter()
-        """Samples without a verdict so far, by cause."""
 
     async def score(self, text: str, answer: str, tokens: int) -> Verdict:
         """The verdict on a text with `tokens` tokens.
 
-        Raises `SampleError`, counted, if there is none: the sample is invalid, never worth 0. Raises
-        `LoadError` if the reward functions cannot be loaded.
+        Raises `SampleError` if there is none: the sample is invalid, never worth 0. Raises `LoadError` if
+        the reward functions cannot be loaded.
         """
         if self._idle:
             return Verdict(0.0, {})
-        try:
-            return msgspec.convert(await self._workers.call(text, answer, tokens), Verdict)
-        except SampleError as error:
-            self.invalid[error.cause] += 1
-            raise
+        return msgspec.convert(await self._workers.call(text, answer, tokens), Verdict)
 
     async def close(self) -> None:
         """Ends the processes. No `score` may be under way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ def recipe(size: int, **changes: Any) -> Recipe:
         "timeout_s": 5.0,
         "rewards": Gsm8k(),
         "text": Digits(),
+        "invalid": Counter(),
     }
     return Recipe(**{**fields, **changes})
 

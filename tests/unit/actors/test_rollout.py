@@ -67,7 +67,9 @@ async def test_a_logprob_that_is_no_number_is_the_engines_fault() -> None:
 async def test_invalid_samples_are_left_out_and_never_score_nothing() -> None:
     """Their versions are left out as well: nothing of the group was written by them."""
     engine = ScriptedEngine(EIGHT, SEVEN, SEVEN)
-    group = await rollout(engine, LEASE, recipe(3, rewards=Refusing("89")))
+    made_by = recipe(3, rewards=Refusing("89"))
+    group = await rollout(engine, LEASE, made_by)
+    assert made_by.invalid == {"deadline": 1}
     assert [s.tokens.tolist() for s in group.samples] == [[5, 6, 7], [5, 6, 7]]
     assert [s.reward for s in group.samples] == [1.0, 1.0]
     assert [v.number for v in group.versions] == [3]
@@ -85,7 +87,6 @@ async def test_a_reward_that_raises_is_named() -> None:
     pool = RewardPool("tests.unit.actors.test_rollout:broken_reward", LimitsConfig(workers=1))
     with pytest.raises(RewardError, match=r"\(raised 2\); the first: raised: ZeroDivisionError"):
         await rollout(ScriptedEngine(SEVEN, SEVEN), LEASE, recipe(2, rewards=pool))
-    assert pool.invalid == {"raised": 2}
     await pool.close()
 
 
@@ -148,8 +149,10 @@ async def test_an_environment_that_fails_makes_its_samples_invalid(fault: object
     async def run(example: object, policy: object) -> object:
         return fault()  # type: ignore[operator]
 
+    made_by = recipe(2, environment=environment(run))
     with pytest.raises(RewardError, match=message):
-        await rollout(ScriptedEngine(), LEASE, recipe(2, environment=environment(run)))
+        await rollout(ScriptedEngine(), LEASE, made_by)
+    assert made_by.invalid == {"environment": 2}
 
 
 async def test_an_environment_that_hangs_is_given_up() -> None:
