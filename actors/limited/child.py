@@ -5,9 +5,7 @@ Its standard streams are the null device. It ends when the socket closes or its 
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import inspect
 import os
 import resource
 import signal
@@ -22,7 +20,7 @@ import msgspec
 
 from actors.errors import ActorError
 from actors.limited.wire import Call, Load, Reply
-from actors.loading import find
+from actors.loading import Caller, find
 from buffer.process import end_with_parent
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -77,7 +75,7 @@ def attempt(number: int, work: Callable[[], Any]) -> Reply:
 
 def serve(wire: socket.socket) -> None:
     """Answers calls until the socket closes."""
-    own, loop, lines = os.getpid(), asyncio.new_event_loop(), wire.makefile("rb")
+    own, caller, lines = os.getpid(), Caller(), wire.makefile("rb")
     load = msgspec.json.decode(lines.readline(), type=Load)
     limit(load.memory_mb)
     made: list[Callable[..., Any]] = []
@@ -86,13 +84,9 @@ def serve(wire: socket.socket) -> None:
     if loaded.problem:
         return
 
-    def run(arguments: list[Any]) -> Any:
-        result = made[0](*arguments)
-        return loop.run_until_complete(result) if inspect.isawaitable(result) else result
-
     for line in lines:
         call = msgspec.json.decode(line, type=Call)
-        reply = attempt(call.number, partial(run, call.arguments))
+        reply = attempt(call.number, partial(caller, made[0], *call.arguments))
         if os.getpid() != own:
             os._exit(0)  # the handler forked, and this is the copy: only the original answers
         wire.sendall(msgspec.json.encode(reply) + b"\n")

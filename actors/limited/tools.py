@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.errors import ToolError
-from actors.loading import find
+from actors.loading import Caller, find
 
 OUTPUT_BYTES = 1 << 16
 """More than this of a program's output is not read; the program is killed."""
@@ -35,13 +35,14 @@ def toolbox(tools: dict[str, str]) -> Callable[[str, list[Any] | dict[str, Any]]
     functions = {
         name: find(path, f"rollout.environment.arguments.tools.{name}") for name, path in tools.items()
     }
+    caller = Caller()
 
     def use(name: str, arguments: list[Any] | dict[str, Any]) -> str:
         if name not in functions:
             raise ToolError(f"no tool {name!r}, there are {', '.join(functions)}")
         if isinstance(arguments, dict):
-            return str(functions[name](**arguments))
-        return str(functions[name](*arguments))
+            return str(caller(functions[name], **arguments))
+        return str(caller(functions[name], *arguments))
 
     return use
 

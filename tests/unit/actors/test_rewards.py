@@ -25,6 +25,11 @@ async def slow_scalar(text: str, answer: str) -> tuple[float, dict[str, float]]:
     return 2.0 * (text == answer), {"same": float(text == answer)}
 
 
+def own_loop(text: str, answer: str) -> float:
+    """As a client library does that is async inside."""
+    return asyncio.run(asyncio.sleep(0, 8.0))
+
+
 def scaled(text: str, answer: str, *, by: float, tokens: int) -> float:
     return by * tokens
 
@@ -50,13 +55,12 @@ def named(function: str, **fields: Any) -> RewardPart:
     return RewardPart(function=f"{__name__}:{function}", **fields)
 
 
-async def test_one_function_gives_its_value_and_its_parts() -> None:
-    assert await scorer("actors.rewards:gsm8k")("#### 4", "#### 4", 1) == (
+def test_one_function_gives_its_value_and_its_parts() -> None:
+    assert scorer("actors.rewards:gsm8k")("#### 4", "#### 4", 1) == (
         1.0,
         {"correct": 1.0, "format": 1.0},
     )
-    assert await scorer(f"{__name__}:scalar")("a", "a", 1) == (1.0, {})
-    assert await scorer(f"{__name__}:slow_scalar")("a", "a", 1) == (2.0, {"same": 1.0})
+    assert scorer(f"{__name__}:scalar")("a", "a", 1) == (1.0, {})
 
 
 async def test_several_functions_are_weighted_and_named() -> None:
@@ -64,12 +68,14 @@ async def test_several_functions_are_weighted_and_named() -> None:
         {
             "right": named("slow_scalar", weight=0.5),
             "long": named("scaled", weight=-0.25, arguments={"by": 3.0}),
+            "judged": named("own_loop"),
         },
         LimitsConfig(workers=1),
     )
-    verdict = await pool.score("a", "a", 4)
+    verdicts = [await pool.score("a", "a", 4) for _ in range(2)]
     await pool.close()
-    assert verdict == Verdict(0.5 * 2.0 - 0.25 * 12.0, {"right": 2.0, "right.same": 1.0, "long": 12.0})
+    parts = {"right": 2.0, "right.same": 1.0, "long": 12.0, "judged": 8.0}
+    assert verdicts == [Verdict(0.5 * 2.0 - 0.25 * 12.0 + 8.0, parts)] * 2
 
 
 async def test_no_function_leaves_the_reward_to_the_environment() -> None:
@@ -79,9 +85,9 @@ async def test_no_function_leaves_the_reward_to_the_environment() -> None:
 
 
 @pytest.mark.parametrize("name", ["nan", "words"])
-async def test_a_result_that_is_no_finite_number_is_an_error(name: str) -> None:
+def test_a_result_that_is_no_finite_number_is_an_error(name: str) -> None:
     with pytest.raises(RewardError, match=f"{name} returned .* expected a finite number"):
-        await scorer(f"{__name__}:{name}")("a", "a", 1)
+        scorer(f"{__name__}:{name}")("a", "a", 1)
 
 
 @pytest.mark.parametrize(
