@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo       set up, then train the demo                         (about 3 minutes after set-up)
 #   make test       set up, then all checks and tests
-#   make accept     the demo on three seeds and its control, timed      (about 10 minutes)
+#   make accept     the demo on three seeds and its control, and rewards (about 16 minutes)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
@@ -38,7 +38,7 @@ test: check
 	$(VENV)/bin/python -m pytest -m "not accept" $(ARGS)
 
 accept: $(READY)
-	$(VENV)/bin/python -m pytest -m accept tests/e2e $(ARGS)
+	$(VENV)/bin/python -m pytest -m accept tests/e2e tests/unit/actors $(ARGS)
 
 rehearse:
 	.ci/rehearse
