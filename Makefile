@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo       set up, then train the demo                         (about 3 minutes after set-up)
 #   make test       set up, then all checks and tests
-#   make accept     the demo on three seeds and its control, and rewards (about 16 minutes)
+#   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter

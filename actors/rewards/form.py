@@ -49,4 +49,4 @@ def overlong(text: str, answer: str, *, tokens: int, longest: int, cushion: int)
     """
     if not 0 < cushion <= longest:
         raise RewardError(f"overlong: cushion: got {cushion}, expected more than 0 and at most {longest}")
-    return -min(1.0, max(0.0, (tokens - (longest - cushion)) / cushion))
+    return min(0.0, max(-1.0, (longest - cushion - tokens) / cushion))

@@ -1,13 +1,11 @@
 r"""MATH: the last `\boxed{...}` of a text against that of the gold answer.
 
-`math_exact` compares strings after Hendrycks' normalisation, `math_verify` also what they mean.
+`math_exact` compares strings after Hendrycks' normalisation; what they mean is for `actors.rewards.verify`.
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from typing import Any
 
 _FRACTION = re.compile(r"\\frac(?!\{[^{}]*\}\{)\s*(\{[^{}]*\}|[^{}\s\\])\s*(\{[^{}]*\}|[^{}\s\\])")
 _SLASH = re.compile(r"(-?\d+)/(\d+)")
@@ -88,26 +86,6 @@ def math_exact(text: str, answer: str) -> tuple[float, dict[str, float]]:
     return float(correct), {"correct": float(correct), "boxed": float(given is not None)}
 
 
-def math_verify(text: str, answer: str) -> tuple[float, dict[str, float]]:
-    r"""As `math_exact`, and 1.0 also for an answer that means the same, as math-verify and sympy see it.
-
-    Needs the extra `math`. An expression that sympy cannot finish runs into the deadline, which makes
-    the sample invalid, not wrong.
-
-    >>> math_verify(r"\boxed{x(x+1)}", r"x^2 + x")
-    (1.0, {'correct': 1.0, 'boxed': 1.0})
-    """
-    value, parts = math_exact(text, answer)
-    given, gold = last_boxed(text), last_boxed(answer)
-    gold = answer if gold is None else gold
-    if value or given is None or not comparable(given, gold):
-        return value, parts
-    from math_verify import verify
-
-    same = verify(list(_parsed(gold)), list(_parsed(given)), timeout_seconds=None)
-    return float(same), {**parts, "correct": float(same)}
-
-
 def comparable(given: str, gold: str) -> bool:
     r"""Whether two answers are of one kind. math-verify 0.9.0 alone takes a pair in brackets for the list
     of its members, an equation for its right side, and drops the base of a number.
@@ -123,12 +101,3 @@ def comparable(given: str, gold: str) -> bool:
             return False
     left, equals, _ = given.partition("=")
     return "=" in gold or not equals or bool(_NAME.fullmatch(left))
-
-
-@lru_cache(maxsize=1024)
-def _parsed(answer: str) -> tuple[Any, ...]:
-    """What math-verify makes of an answer: sympy expressions and strings."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    return tuple(parse(rf"\boxed{{{answer}}}", config, parsing_timeout=None))

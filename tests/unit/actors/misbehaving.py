@@ -78,10 +78,39 @@ def leak(megabytes: int) -> int:
     return os.getpid()
 
 
-def fork_copy() -> int:
-    """The copy returns as well, as if it were the worker."""
-    os.fork()
-    return os.getpid()
+def fork_copy() -> bool:
+    """The copy returns as well, as if it were the worker, and first; only the worker leads a session."""
+    if os.fork():
+        time.sleep(0.3)
+    return os.getsid(0) == os.getpid()
+
+
+def forge() -> None:
+    """Answers for itself, and a call that nobody made."""
+    for number in range(3, 20):
+        try:
+            os.write(number, b'[7,"","",1.0,false,1]\n')
+        except OSError:
+            continue
+
+
+def leave_orphan(folder: str) -> str:
+    """A grandchild in a session of its own whose parent has ended."""
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            Path(folder, str(os.getpid())).touch()
+            time.sleep(600)
+        os._exit(0)
+    os.wait()
+    while not list(Path(folder).iterdir()):
+        time.sleep(0.01)
+    return "left"
+
+
+def tell_and_hang(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    hang()
 
 
 def leave_children(folder: str) -> str:

@@ -89,6 +89,8 @@ async def test_a_tool_that_hangs_or_floods_costs_its_call_alone() -> None:
     assert await output("print(6*7)") == "42\n"
     assert await output("while True: pass") == "error: deadline: no answer within 1 s"
     assert await output("while True: print(0)") == "0\n" * 75
+    stubborn = r"while True:\n try: print(0, flush=True)\n except OSError: pass"
+    assert await output(stubborn) == "0\n" * 75
     assert await output("x = 'y' * (1 << 30)") == (
         'Traceback (most recent call last):\n  File "<string>", line 1, in <module>\nMemoryError\n'
     )

@@ -30,6 +30,16 @@ def own_loop(text: str, answer: str) -> float:
     return asyncio.run(asyncio.sleep(0, 8.0))
 
 
+LOOPS: list[asyncio.AbstractEventLoop] = []
+
+
+async def one_loop(text: str, answer: str) -> float:
+    """How many event loops the calls of a process have run in."""
+    if asyncio.get_running_loop() not in LOOPS:
+        LOOPS.append(asyncio.get_running_loop())
+    return float(len(LOOPS))
+
+
 def scaled(text: str, answer: str, *, by: float, tokens: int) -> float:
     return by * tokens
 
@@ -78,6 +88,12 @@ async def test_several_functions_are_weighted_and_named() -> None:
     assert verdicts == [Verdict(0.5 * 2.0 - 0.25 * 12.0 + 8.0, parts)] * 2
 
 
+async def test_calls_share_an_event_loop_so_that_clients_can_stay_open() -> None:
+    pool = RewardPool(f"{__name__}:one_loop", LimitsConfig(workers=1))
+    assert [(await pool.score("a", "a", 1)).value for _ in range(3)] == [1.0] * 3
+    await pool.close()
+
+
 async def test_no_function_leaves_the_reward_to_the_environment() -> None:
     pool = RewardPool({}, LimitsConfig())
     assert await pool.score("a", "a", 4) == Verdict(0.0, {})
@@ -112,7 +128,7 @@ async def test_what_cannot_be_called_is_found_before_any_answer(reward: Any, mes
 
 
 async def test_a_sample_without_a_verdict_costs_no_other() -> None:
-    pool = RewardPool(f"{__name__}:obey", LimitsConfig(workers=2, deadline_s=1))
+    pool = RewardPool(f"{__name__}:obey", LimitsConfig(workers=2, deadline_s=2))
     texts = ["four", "hang", "raise", "to", "raise"]
     verdicts = await asyncio.gather(*(pool.score(t, "", 1) for t in texts), return_exceptions=True)
     assert [v.value if isinstance(v, Verdict) else v.cause for v in verdicts] == [  # type: ignore[union-attr]

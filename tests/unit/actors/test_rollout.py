@@ -115,6 +115,22 @@ async def test_an_engine_that_fails_or_answers_too_little_ends_the_rollout() -> 
         await rollout(ScriptedEngine(SEVEN), LEASE, recipe(2))
 
 
+async def test_an_engine_that_fails_one_sample_does_not_wait_for_the_others() -> None:
+    turns = iter(range(4))
+
+    async def run(example: Any, policy: Any) -> list[Any]:
+        if next(turns) == 2:
+            raise EngineError("is the server gone?")
+        await asyncio.sleep(600)
+        return []
+
+    before = asyncio.all_tasks()
+    async with asyncio.timeout(20):
+        with pytest.raises(EngineError, match="is the server gone"):
+            await rollout(ScriptedEngine(), LEASE, recipe(4, environment=environment(run), timeout_s=900.0))
+    assert asyncio.all_tasks() <= before
+
+
 async def test_a_rollout_that_is_cancelled_leaves_no_task_and_no_request_behind() -> None:
     cancelled = asyncio.Event()
 

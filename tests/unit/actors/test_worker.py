@@ -48,7 +48,7 @@ def obey(text: str, answer: str) -> float:
 async def work(folder: Path, engine: ScriptedEngine, reward: str, size: int) -> tuple[Written, Actor]:
     """One lease, worked on by an actor with that reward."""
     model = make_tiny_qwen3(folder / "model", seed=0)
-    rollout = RolloutConfig(reward=reward, limits=LimitsConfig(workers=2, deadline_s=1.0))
+    rollout = RolloutConfig(reward=reward, limits=LimitsConfig(workers=2, deadline_s=2.0))
     settings = Settings(3, StreamConfig(group_size=size), rollout, EngineConfig())
     stream = Written()
     actor = Actor(stream, "actor-0", settings, model, folder)  # type: ignore[arg-type]
