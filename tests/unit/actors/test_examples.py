@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,10 +14,16 @@ import msgspec
 import pytest
 
 from actors.config import RolloutConfig, SamplingConfig
+from actors.engine import Completion
 from actors.environments.base import load_environment
+from actors.environments.text import Tokens
 from actors.rewards.pool import RewardPool
 from actors.rollout import rollout
 from buffer.schema import Prompt
+from examples.tool_use import main
+from launch.config import load
+from launch.tiny_model import EOS_ID, make_tiny_qwen3
+from learner.tokenizer import Tokenizer
 from tests.unit.actors.scripted import LEASE, Letters, ScriptedEngine, recipe, said
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +33,7 @@ LAST_LINES = {
     "custom_reward": "0.10 {'correct': 0.1, 'correct.correct': 0.0, 'correct.format': 1.0, 'sound': 0.0",
     "custom_environment": "policy 37, environment '', award 0.8",
     "custom_tool": "error: raised: KeyError: 'yard' (custom_tool.py:",
+    "tool_use": "7300 questions in ",
 }
 
 
@@ -36,11 +44,10 @@ def settings(path: Path) -> RolloutConfig:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short_and_runs(path: Path) -> None:
+def test_an_example_is_short_and_runs(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
-    done = subprocess.run(
-        [sys.executable, "-m", f"examples.{path.stem}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", f"examples.{path.stem}", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].startswith(LAST_LINES[path.stem])
 
 
@@ -79,3 +86,25 @@ async def test_the_tool_is_called_by_the_policy() -> None:
     group = await rollout(engine, LEASE, recipe(2, **changes))
     await tools.close()
     assert "1000 m" in Letters().decode(group.samples[0].tokens.tolist())
+
+
+async def test_what_is_demonstrated_is_what_a_rollout_holds(tmp_path: Path) -> None:
+    """Token for token: the continuation that the warm-up shows is the context the policy meets."""
+    config = load([ROOT / "examples/tool_use.toml"], [])
+    main(tmp_path)
+    lines = (tmp_path / "demonstrations.jsonl").read_text().splitlines()
+    first, then = (json.loads(line)["question"] for line in lines[:2])
+    model = make_tiny_qwen3(tmp_path / "model", seed=0)
+    tokenizer, text = Tokenizer(model), Tokens(model / "tokenizer.json")
+    prompt = tokenizer.prompt(first, config.data.template)
+    call = [*text.encode(then.removeprefix(first).partition("<")[0]), EOS_ID]
+    turns = [Completion(tokens, [-1.0] * len(tokens), "stop", "3:aa") for tokens in (call, [EOS_ID])]
+    engine = ScriptedEngine(turns[0], turns[0], turns[1], turns[1])
+    tools = load_environment(config.rollout.environment)
+    lease = msgspec.structs.replace(LEASE, prompt=Prompt(9, prompt, "#### 1"))
+    changes: dict[str, Any] = {"environment": tools, "text": text, "sampling": config.rollout.sampling}
+    await rollout(engine, lease, recipe(2, **changes))
+    await tools.close()
+    opening, *others = [asked[0] for asked in engine.asked]
+    assert (opening, len(others) > 0) == (prompt, True)
+    assert all(asked == tokenizer.prompt(then, config.data.template) for asked in others)
