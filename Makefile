@@ -2,6 +2,8 @@
 #   make demo       set up, then train the demo                         (about 3 minutes after set-up)
 #   make test       set up, then all checks and tests
 #   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
+#   make faults     the full counts of the fault tests                  (about 20 minutes)
+#   make nightly    the replay stream's state machine, at length
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
@@ -14,7 +16,7 @@ TORCH_INDEX ?=
 # Real text for tests, if it lies beside the checkout.
 export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup demo test check accept rehearse clean
+.PHONY: setup demo test check faults nightly accept rehearse clean
 
 setup: $(READY)
 
@@ -35,7 +37,14 @@ check: $(READY)
 	$(VENV)/bin/lint-imports
 
 test: check
-	$(VENV)/bin/python -m pytest -m "not accept" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not accept and not faults" $(ARGS)
+
+faults: $(READY)
+	$(VENV)/bin/python -m pytest -m faults tests/faults $(ARGS)
+
+# The stream's state machine, 2,000 examples of up to 200 steps (most of an hour).
+nightly: $(READY)
+	$(VENV)/bin/python -m pytest --hypothesis-profile thorough tests/contract/test_machine.py $(ARGS)
 
 accept: $(READY)
 	$(VENV)/bin/python -m pytest -m accept tests/e2e tests/unit/actors $(ARGS)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from actors.errors import EngineError
 from buffer.client import AsyncStream
 from buffer.codec import encode
-from buffer.errors import RecordError
+from buffer.errors import RecordError, RedisFull
 from buffer.schema import Group
 from buffer.stream import Publish, Published
 
+BACK_OFF_S = 1.0
+"""Pause before a server that takes nothing more is asked again."""
+
 
 async def publish(stream: AsyncStream, group: Group, *, epoch: str, token: str) -> Published:
-    """Encodes the group and publishes it under its lease; a lost reply is asked for again.
+    """Encodes the group and publishes it under its lease; asks again after a lost reply or a full server.
 
     Raises `EngineError` if the engine's answer makes no valid record, such as a log-probability that
     is not a number.
@@ -20,4 +25,9 @@ async def publish(stream: AsyncStream, group: Group, *, epoch: str, token: str) 
         payload = encode(group)
     except RecordError as error:
         raise EngineError(f"the engine's answer makes no valid record: {error}") from error
-    return await stream.publish(Publish.of(group, epoch=epoch, token=token), payload)
+    call = Publish.of(group, epoch=epoch, token=token, size=len(payload))
+    while True:
+        try:
+            return await stream.publish(call, payload)
+        except RedisFull:
+            await asyncio.sleep(BACK_OFF_S)  # the learner drains; a lease that ends meanwhile makes it late

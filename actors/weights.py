@@ -8,7 +8,7 @@ import msgspec
 
 from actors.engine import Engine
 from buffer.client import AsyncStream
-from buffer.ledger import Applied
+from buffer.members import Applied
 from weightsync.protocol import JoinGroup, Receive, Request, Score, Scores, decode_request
 
 _LISTEN_S = 1

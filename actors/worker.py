@@ -3,7 +3,8 @@
 It needs nothing but the URL: configuration, model config and tokenizer come through Redis. The engine
 starts with dummy weights and gets no lease before it has been given a committed version. SIGTERM
 drains: groups in flight are finished, other leases handed back. If the engine fails, its process
-group is killed, and the actor joins again with a new one under a new epoch.
+group is killed, and the actor joins again with a new one under a new epoch. While Redis does not answer
+it asks for nothing new and keeps what is in flight; if Redis comes back older, it joins again.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
 from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
-from actors.publish import publish
+from actors.publish import BACK_OFF_S, publish
 from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
 from actors.weights import WeightWorker
-from buffer.admission import Admit, Drop, Heartbeat, JoinActor, Lease
+from buffer.admission import Admit, Drop, Lease
 from buffer.client import AsyncStream
 from buffer.config import StreamConfig
-from buffer.errors import Fenced, StreamError
-from buffer.ledger import Leave
+from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
+from buffer.members import Heartbeat, JoinActor, Leave
 
 log = logging.getLogger("actor")
 
 _WAIT_S = 1
+_PATIENCE_S = 600.0
+"""How long a Redis that does not answer is waited for."""
 _DRAIN_S = 20.0
 _RESTARTS = 5
 
@@ -72,14 +75,14 @@ class Actor:
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
-        self.epoch = ""
+        self.epoch = self.nonce = ""
         self.served = False
         """Whether the engine ever came up; one that never did will not the next time either."""
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Serves until the run ends or `stop` is set. Raises `EngineError`, `StreamError`."""
         joined = await self._stream.call(JoinActor(secrets.token_hex(16), self._name, socket.gethostname()))
-        self.epoch = joined.epoch
+        self.epoch, self.nonce = joined.epoch, joined.nonce
         heartbeat = asyncio.create_task(self._beat(stop))
         try:
             await self._with_engine(stop, heartbeat)
@@ -135,15 +138,23 @@ class Actor:
         recipe = self._recipe()
         while True:
             await self._slots.acquire()
-            self._requests += 1
-            lease = await self._stream.call(
-                Admit(self._name, self.epoch, self._requests, secrets.token_hex(16))
-            )
+            lease = await self._admit()
             if lease.status == "lease":
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
             else:
                 self._slots.release()
                 await self._stream.take(self._stream.key("places"), _WAIT_S)
+
+    async def _admit(self) -> Lease:
+        """One lease, or the reason to wait; a server that is full is asked again."""
+        self._requests += 1
+        call = Admit(self._name, self.epoch, self._requests, secrets.token_hex(16))
+        while True:
+            try:
+                return await self._stream.call(call)
+            except RedisFull as error:
+                log.warning("no lease for now: %s", error)
+                await asyncio.sleep(BACK_OFF_S)
 
     def _recipe(self) -> Recipe:
         return Recipe(
@@ -262,9 +273,10 @@ async def run_actor(url: str, run: str, name: str, logs: Path) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stream = AsyncStream.connect(url, run)
+    stream = AsyncStream.connect(url, run, patience_s=_PATIENCE_S)
     with tempfile.TemporaryDirectory(prefix="slipstream-actor-") as folder:
         settings = await fetch_run(stream, Path(folder), stop)
+        stream.shards = settings.stream.shards if settings is not None else 0
         for attempt in range(_RESTARTS):
             if settings is None or stop.is_set():
                 break
@@ -276,6 +288,14 @@ async def run_actor(url: str, run: str, name: str, logs: Path) -> None:
                 if not actor.served or attempt == _RESTARTS - 1:
                     raise
                 log.error("engine lost, starting another: %s", error)
+            except Fenced as error:
+                if await stream.redis.hget(stream.key("state"), "nonce") != actor.nonce.encode():
+                    raise ForeignRun(f"the Redis holds another run of this name: {error}") from error
+                if not error.came_back_older:
+                    raise
+                log.warning("Redis came back older, joining again: %s", error)
+            except NoRun as error:
+                raise ForeignRun(f"the Redis was wiped or swapped: {error}") from error
     await stream.close()
 
 

@@ -1,18 +1,10 @@
 """Groups to bytes and back.
 
-A frame is a fixed header, then one zstd frame with a checksum::
-
-    magic "SLIP" | schema version u16 | flags u16 (0) | raw size u32 | xxh3-64 of the zstd frame | zstd frame
-
-The zstd frame holds, little-endian::
-
-    meta size u32 | int32 count u32 | float32 count u32 | meta (msgpack) | int32 planes | float32 planes
-
-All int32 arrays of the group stand one behind the other and are split into their four byte planes,
-then all float32 arrays likewise: bytes of equal weight beside each other are what makes them
-compress. In the meta an array is only its length. Decoding checks, in this order: magic, version,
-declared size against the limit, checksum, types, shapes, finiteness; nothing of the declared size is
-allocated before the checksum holds.
+The frame (`buffer.frame`) of a group has nine parts: its meta (msgpack), in which an array is only its
+length; the four byte planes of all its int32 arrays, one behind the other, lowest bytes first; and those
+of all its float32 arrays. Bytes of equal weight beside each other are what makes arrays compress, and
+the noise in the low bytes of log-probabilities then costs no time. Decoding checks the frame, then types,
+shapes, finiteness.
 
     >>> import numpy as np
     >>> from buffer.schema import Group, Sample, Span, Version
@@ -26,30 +18,22 @@ allocated before the checksum holds.
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import msgspec
 import numpy as np
-import xxhash
-import zstandard
 
 from buffer.errors import RecordError
-from buffer.schema import SCHEMA_VERSION, Group, Sample
+from buffer.frame import SIZE_LIMIT, Bytes, pack, unpack
+from buffer.schema import Group, Sample
 
-MAGIC = b"SLIP"
-SIZE_LIMIT = 256 << 20
-"""Largest raw size in bytes that a reader accepts by default."""
-
-_HEADER = struct.Struct("<4sHHIQ")
-_COUNTS = struct.Struct("<III")
-_LEVEL = 1
-_DTYPES = (np.dtype("<i4"), np.dtype("<f4"))
+_DTYPES = (np.dtype("i4"), np.dtype("f4"))
+_PLANES = 4
 
 
 def encode(group: Group, *, limit: int = SIZE_LIMIT) -> bytes:
     """The frame of a group. Raises `RecordError` if the group is not valid or larger than `limit` bytes."""
-    _check(group, "?")
+    _check_fields(group, "?")
     arrays: dict[np.dtype, list[np.ndarray]] = {dtype: [] for dtype in _DTYPES}
 
     def length_of(value: Any) -> int:
@@ -58,70 +42,57 @@ def encode(group: Group, *, limit: int = SIZE_LIMIT) -> bytes:
         arrays[value.dtype].append(value)
         return len(value)
 
-    meta = msgspec.msgpack.Encoder(enc_hook=length_of).encode(group)
-    flat = [np.concatenate(arrays[dtype]) for dtype in _DTYPES]
-    planes = [array.view(np.uint8).reshape(-1, 4).T.tobytes() for array in flat]
-    raw = b"".join([_COUNTS.pack(len(meta), *map(len, flat)), meta, *planes])
-    if len(raw) > limit:
-        raise RecordError(f"got {len(raw)} bytes, the limit is {limit}", field="size", group=group.id)
-    body = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(raw)
-    return _HEADER.pack(MAGIC, SCHEMA_VERSION, 0, len(raw), xxhash.xxh3_64_intdigest(body)) + body
+    meta = msgspec.msgpack.encode(group, enc_hook=length_of)
+    flat = {dtype: np.concatenate(arrays[dtype]) for dtype in _DTYPES}
+    _check_values(group, flat, "?")
+    parts: list[Bytes] = [meta, *_split(flat[_DTYPES[0]]), *_split(flat[_DTYPES[1]])]
+    size = sum(map(len, parts))
+    if size > limit:
+        raise RecordError(f"got {size} bytes, the limit is {limit}", field="size", group=group.id)
+    return pack(parts)
 
 
 def decode(frame: bytes, *, entry: str = "?", limit: int = SIZE_LIMIT) -> Group:
-    """The group of a frame; its arrays are read-only views of one buffer.
+    """The group of a frame; its arrays are read-only views of two buffers.
 
     Raises `RecordError` naming `entry`, the group id where it is known, and the field.
     """
-    raw = _decompress(frame, entry, limit)
-    if len(raw) < _COUNTS.size:
-        raise RecordError(f"got {len(raw)} bytes, expected the counts", field="meta", entry=entry)
-    meta_size, ints, floats = _COUNTS.unpack_from(raw)
-    start = _COUNTS.size + meta_size
-    if len(raw) != start + 4 * (ints + floats):
-        problem = f"got {len(raw)} bytes, expected {start + 4 * (ints + floats)}"
-        raise RecordError(problem, field="planes", entry=entry)
-    group = _decode_meta(raw[_COUNTS.size : start], _unplane(raw, start, ints, floats), entry)
-    _check(group, entry)
+    meta, *planes = unpack(frame, 1 + 2 * _PLANES, entry=entry, limit=limit)
+    flat = {}
+    for place, dtype in enumerate(_DTYPES):
+        own = planes[_PLANES * place : _PLANES * (place + 1)]
+        if len({len(plane) for plane in own}) > 1:
+            problem = f"got {[len(plane) for plane in own]} bytes of {dtype.name}, expected equal ones"
+            raise RecordError(problem, field="planes", entry=entry)
+        flat[dtype] = _join(own).view(dtype)
+        flat[dtype].flags.writeable = False
+    group = _decode_meta(meta, flat, entry)
+    _check_fields(group, entry)
+    _check_values(group, flat, entry)
     return group
 
 
-def _decompress(frame: bytes, entry: str, limit: int) -> bytes:
-    if len(frame) < _HEADER.size or frame[:4] != MAGIC:
-        raise RecordError(f"got {bytes(frame[:4])!r}, expected {MAGIC!r}", field="magic", entry=entry)
-    _, version, flags, size, checksum = _HEADER.unpack_from(frame)
-    if version != SCHEMA_VERSION or flags != 0:
-        problem = (
-            f"got schema version {version} (flags {flags}), this release reads {SCHEMA_VERSION}; "
-            "run actors and learner of one release"
-        )
-        raise RecordError(problem, field="version", entry=entry)
-    body = memoryview(frame)[_HEADER.size :]
-    if size > limit:
-        raise RecordError(f"declares {size} bytes, the limit is {limit}", field="size", entry=entry)
-    if xxhash.xxh3_64_intdigest(body) != checksum:
-        raise RecordError("does not match the content", field="checksum", entry=entry)
-    try:
-        # zstd takes the frame's own size for the limit of its output, so that size is checked first.
-        declared = zstandard.frame_content_size(body)
-        if declared != size:
-            raise RecordError(f"zstd declares {declared} bytes, the header {size}", field="size", entry=entry)
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(body, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise RecordError(str(error), field="zstd", entry=entry) from error
+def _split(array: np.ndarray) -> list[memoryview]:
+    """The four byte planes of an array of 32-bit numbers, lowest bytes first."""
+    low, high = array.view(np.uint32).astype(np.uint16), (array.view(np.uint32) >> 16).astype(np.uint16)
+    return [half.astype(np.uint8).data for half in (low, low >> 8, high, high >> 8)]
 
 
-def _unplane(raw: bytes, start: int, ints: int, floats: int) -> dict[np.dtype, np.ndarray]:
-    flat = {}
-    for dtype, count in zip(_DTYPES, (ints, floats), strict=True):
-        planes = np.frombuffer(raw, np.uint8, 4 * count, start).reshape(4, count)
-        flat[dtype] = np.ascontiguousarray(planes.T).view(dtype).reshape(count)
-        flat[dtype].flags.writeable = False
-        start += 4 * count
-    return flat
+def _join(planes: list[Bytes]) -> np.ndarray:
+    """The uint32 array of four byte planes of equal length."""
+    first, second, third, fourth = (np.frombuffer(plane, np.uint8) for plane in planes)
+    low, high = second.astype(np.uint16), fourth.astype(np.uint16)
+    low <<= 8
+    low |= first
+    high <<= 8
+    high |= third
+    whole = high.astype(np.uint32)
+    whole <<= 16
+    whole |= low
+    return whole
 
 
-def _decode_meta(meta: bytes, flat: dict[np.dtype, np.ndarray], entry: str) -> Group:
+def _decode_meta(meta: Bytes, flat: dict[np.dtype, np.ndarray], entry: str) -> Group:
     """Arrays come in wire order: tokens, log-probabilities, tokens, ... each a slice of its plane block."""
     taken = dict.fromkeys(_DTYPES, 0)
     order = [_DTYPES[0], _DTYPES[1]]
@@ -146,8 +117,8 @@ def _decode_meta(meta: bytes, flat: dict[np.dtype, np.ndarray], entry: str) -> G
     return group
 
 
-def _check(group: Group, entry: str) -> None:
-    """What every valid group fulfils, whoever made it."""
+def _check_fields(group: Group, entry: str) -> None:
+    """What every valid group fulfils, whoever made it, but for the values in its arrays."""
 
     def require(holds: bool, field: str, problem: str) -> None:
         if not holds:
@@ -166,7 +137,8 @@ def _check(group: Group, entry: str) -> None:
     require(bool(group.samples), "samples", "got none, expected at least one")
     for index, sample in enumerate(group.samples):
         problem = _sample_problem(sample, len(group.versions))
-        require(problem is None, f"samples[{index}].{(problem or ('', ''))[0]}", (problem or ("", ""))[1])
+        if problem is not None:
+            require(False, f"samples[{index}].{problem[0]}", problem[1])
 
 
 def _sample_problem(sample: Sample, versions: int) -> tuple[str, str] | None:
@@ -178,21 +150,29 @@ def _sample_problem(sample: Sample, versions: int) -> tuple[str, str] | None:
         return "logprobs", f"got {logprobs.dtype} of {logprobs.ndim} dimensions, expected float32 of one"
     if not 0 < sample.prompt_length <= len(tokens):
         return "prompt_length", f"got {sample.prompt_length} of {len(tokens)} tokens"
-    if tokens.min() < 0:
-        return "tokens", f"got {tokens.min()}, expected ids of 0 or more"
     if len(logprobs) != answer:
         return "logprobs", f"got {len(logprobs)}, expected {answer}, one an answer token"
-    if not np.isfinite(logprobs).all():
-        return "logprobs", "got a value that is not finite"
-    if any(run < 0 for run in sample.loss_runs) or sum(sample.loss_runs) != answer:
+    if min(sample.loss_runs, default=0) < 0 or sum(sample.loss_runs) != answer:
         return "loss_runs", f"got {sample.loss_runs[:8]}, expected runs that sum to {answer}"
-    if any(span.length < 1 for span in sample.spans) or sum(span.length for span in sample.spans) != answer:
-        return (
-            "spans",
-            f"got lengths {[span.length for span in sample.spans][:8]}, expected a sum of {answer}",
-        )
+    lengths = [span.length for span in sample.spans]
+    if min(lengths, default=1) < 1 or sum(lengths) != answer:
+        return "spans", f"got lengths {lengths[:8]}, expected a sum of {answer}"
     if any(not 0 <= span.version < versions for span in sample.spans):
         return "spans", f"got a version index outside the table of {versions}"
-    if not all(map(math.isfinite, [sample.reward, *sample.rewards.values()])):
+    if not all(map(math.isfinite, (sample.reward, *sample.rewards.values()))):
         return "reward", f"got {sample.reward} {sample.rewards}, expected finite numbers"
     return None
+
+
+def _check_values(group: Group, flat: dict[np.dtype, np.ndarray], entry: str) -> None:
+    """Token ids and log-probabilities, all samples' at once; a fault is then looked for sample by sample."""
+    if flat[_DTYPES[0]].min() >= 0 and np.isfinite(flat[_DTYPES[1]]).all():
+        return
+    for index, sample in enumerate(group.samples):
+        field, problem = "", ""
+        if sample.tokens.min() < 0:
+            field, problem = "tokens", f"got {sample.tokens.min()}, expected ids of 0 or more"
+        elif not np.isfinite(sample.logprobs).all():
+            field, problem = "logprobs", "got a value that is not finite"
+        if field:
+            raise RecordError(problem, field=f"samples[{index}].{field}", entry=entry, group=group.id)

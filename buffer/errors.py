@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from redis.exceptions import NoPermissionError
+
 
 class StreamError(Exception):
     """Base of every error of `buffer`; raised itself when a function refuses its arguments."""
@@ -15,16 +17,58 @@ class RedisUnsuitable(StreamError):
     """The server answers but cannot be used: too old, wrong password, missing right, no library."""
 
 
+class RightMissing(RedisUnsuitable, NoPermissionError):
+    """The Redis user may not do what was asked: it has another role, or none on this run.
+
+    A `redis.NoPermissionError`, too, for those who handle whatever a plain command raises.
+    """
+
+
+class RedisFull(StreamError):
+    """The server takes no payload for now: over `maxmemory`, or its disk is full. Back off, try again."""
+
+
 class NoRun(StreamError):
     """The server knows no such run (yet)."""
 
 
+class ForeignRun(StreamError):
+    """The server was wiped or swapped: it holds another run than this process belongs to, which must stop."""
+
+
 class Fenced(StreamError):
-    """The caller's epoch was replaced: another process has taken its place, so it must stop writing."""
+    """The caller's epoch is not the one that may write: another process has taken its place, so it must stop.
+
+    Or the server came back older than the caller's join, which `came_back_older` tells: then it joins again.
+    """
+
+    @property
+    def came_back_older(self) -> bool:
+        """Whether the server knows only a lower epoch than the caller's.
+
+        >>> Fenced("actor:a: epoch 3:9c is not the one that may write, 2:41").came_back_older
+        True
+        >>> Fenced("actor:a: epoch 3:9c is not the one that may write, 4:41").came_back_older
+        False
+        """
+        own, _, current = str(self).rpartition(" is not the one that may write, ")
+        return _number(current) < _number(own.rpartition(" ")[2])
+
+
+class Behind(StreamError):
+    """The server is behind the learner: it came back older, and must be reconciled before anything else."""
+
+
+class LostSteps(StreamError):
+    """The server came back so much older that the learner no longer knows what happened since."""
 
 
 class SettingsMismatch(StreamError):
-    """The run exists with other settings; changing them needs another run name."""
+    """The run exists with other settings; changing them needs a fork or another run name."""
+
+
+class SchemaMismatch(StreamError):
+    """Actor and learner are of releases that do not read each other's records."""
 
 
 class RecordError(StreamError):
@@ -37,3 +81,8 @@ class RecordError(StreamError):
     def __init__(self, problem: str, *, field: str, entry: str = "?", group: str = "?") -> None:
         super().__init__(f"record of group {group} at entry {entry}: {field}: {problem}")
         self.problem, self.field, self.entry, self.group = problem, field, entry, group
+
+
+def _number(epoch: str) -> int:
+    digits = epoch.partition(":")[0]
+    return int(digits) if digits.isdigit() else 0

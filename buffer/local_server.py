@@ -6,7 +6,6 @@ with LocalServer.start(Path("runs/demo/redis")) as server:
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import socket
 import subprocess
@@ -19,7 +18,8 @@ from types import TracebackType
 
 import redis
 
-from buffer.client import connect
+from buffer.acl import ROLES, acl_lines, new_password, with_user
+from buffer.connect import connect
 from buffer.errors import RedisUnavailable, RedisUnsuitable
 from buffer.process import end_with_parent
 
@@ -32,10 +32,23 @@ class LocalServer:
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, socket_url: str, sockets: Path) -> None:
         self.process, self.url, self.socket_url, self._sockets = process, url, socket_url, sockets
+        self.urls: dict[str, str] = {}
+        """URL of each role by its name, if the server was started with `users`."""
 
     @classmethod
-    def start(cls, folder: Path, *, port: int = 0, appendfsync: str = "always") -> LocalServer:
-        """Starts a server that keeps its data in `folder`. `port` 0 takes a free one.
+    def start(
+        cls,
+        folder: Path,
+        *,
+        port: int = 0,
+        appendfsync: str = "always",
+        users: bool = False,
+        password: str = "",
+    ) -> LocalServer:
+        """Starts a server that keeps its data in `folder`; `port` 0 is any free one, `password` "" a new one.
+
+        With `users` there is a user for each role (`urls`), with a new password at every start, and `url`
+        is that of `admin`; without, `url` is that of the one user, who may do everything.
 
         Raises `RedisUnsuitable` if no server program is installed, `RedisUnavailable` if the port is
         taken or the server does not come up.
@@ -49,23 +62,25 @@ class LocalServer:
         for _ in range(_PORT_TRIES):
             chosen = port or free_port()
             try:
-                return cls._start(program, folder, chosen, appendfsync)
+                return cls._start(program, folder, chosen, appendfsync, users, password or new_password())
             except RedisUnavailable:
                 if port or _is_free(chosen):
                     raise
         raise RedisUnavailable("no free port for Redis on 127.0.0.1")
 
     @classmethod
-    def _start(cls, program: str, folder: Path, port: int, appendfsync: str) -> LocalServer:
+    def _start(
+        cls, program: str, folder: Path, port: int, appendfsync: str, users: bool, password: str
+    ) -> LocalServer:
         # A socket's path may have 108 bytes, so it cannot lie in the run's folder; mkdtemp makes it private.
         sockets = Path(tempfile.mkdtemp(prefix="slipstream-"))
-        password = secrets.token_urlsafe(16)
+        admin = "admin" if users else ""
+        passwords = {"admin": password, **{role.name: new_password() for role in ROLES}}
         settings = {
             "bind": "127.0.0.1",
             "port": port,
             "unixsocket": sockets / "redis.sock",
             "unixsocketperm": 700,
-            "requirepass": password,
             "dir": folder.resolve(),
             "appendonly": "yes",
             "appendfsync": appendfsync,
@@ -73,8 +88,9 @@ class LocalServer:
             "maxmemory-policy": "noeviction",
             "logfile": folder.resolve() / "redis.log",
         }
-        # The password goes by standard input: a command line can be read by every user.
-        text = "".join(f"{name} {value}\n" for name, value in settings.items())
+        access = acl_lines(passwords) if users else [f"requirepass {passwords['admin']}"]
+        # Passwords go by standard input: a command line can be read by every user.
+        text = "\n".join([*(f"{name} {value}" for name, value in settings.items()), *access, ""])
         process = subprocess.Popen(
             [program, "-"],
             stdin=subprocess.PIPE,
@@ -85,8 +101,11 @@ class LocalServer:
         assert process.stdin is not None
         process.stdin.write(text.encode())
         process.stdin.close()
-        url = f"redis://:{password}@127.0.0.1:{port}/0"
-        server = cls(process, url, f"unix://:{password}@{sockets}/redis.sock?db=0", sockets)
+        login = f"{admin}:{passwords['admin']}"
+        url, socket_url = f"redis://{login}@127.0.0.1:{port}/0", f"unix://{login}@{sockets}/redis.sock?db=0"
+        server = cls(process, url, socket_url, sockets)
+        if users:
+            server.urls = {role.name: with_user(url, role.name, passwords[role.name]) for role in ROLES}
         try:
             server._wait(folder / "redis.log")
         except RedisUnavailable:
@@ -170,9 +189,9 @@ def _is_free(port: int) -> bool:
 
 
 @contextmanager
-def url_file(folder: Path, url: str) -> Iterator[Path]:
-    """Keeps the URL, password and all, in `redis.url` of a folder while the server runs."""
-    path = folder / "redis.url"
+def url_file(folder: Path, url: str, name: str = "redis") -> Iterator[Path]:
+    """Keeps a URL, password and all, in `<name>.url` of a folder while the server runs."""
+    path = folder / f"{name}.url"
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(url + "\n")

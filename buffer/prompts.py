@@ -1,4 +1,4 @@
-"""The prompt queue. The learner feeds it; leases take from its head."""
+"""The prompt queue. The learner feeds it; leases take from its head, and return to it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ class Feed(Call[Fed], frozen=True):
     position: int
     prompts: tuple[bytes, ...]
     """Records made by `encode_prompt`."""
+    final: bool = False
+    """No prompt will follow these."""
+
+    def arguments(self) -> list[object]:
+        return [self.epoch, self.position, int(self.final), *self.prompts]
+
+
+class Requeued(msgspec.Struct, array_like=True, frozen=True):
+    """Answer of `Requeue`."""
+
+    position: int
+    """Position of the prompt, -1 if there is no such letter (any more)."""
+
+
+class Requeue(Call[Requeued], frozen=True):
+    """Puts the prompt of a dead letter back into the queue: new admissions, never the old group."""
+
+    function: ClassVar[str] = "requeue"
+    entry: str
+    """Entry id of the letter."""
 
 
 def encode_prompt(prompt: Prompt) -> bytes:

@@ -1,17 +1,22 @@
-"""Payloads: publishing a group, reading groups by entry id."""
+"""Payloads: publishing a group, reading groups by entry id, deleting what nothing refers to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import msgspec
 
-from buffer.admission import Assignment
-from buffer.client import PublishCall, Stream
+from buffer.batches import Assignment
+from buffer.client import LIBRARY, PublishCall, Stream
 from buffer.codec import decode
 from buffer.errors import RecordError
+from buffer.keys import shard_key
 from buffer.schema import Group
+
+ORPHAN_S = 60.0
+"""A payload without a ledger entry for this long belongs to no publish under way."""
 
 
 class Published(msgspec.Struct, array_like=True, frozen=True):
@@ -33,33 +38,95 @@ class Publish(PublishCall[Published], frozen=True):
     actor: str
     epoch: str
     token: str
-    group: str
+    size: int
+    """Bytes of the payload."""
     version_min: int
     versions: tuple[str, ...]
     """`number:digest` of each version in the group's table."""
 
+    def arguments(self) -> list[Any]:
+        head = [self.actor, self.epoch, self.token, self.group, self.size, self.entry]
+        return [*head, self.version_min, *self.versions]
+
     @classmethod
-    def of(cls, group: Group, *, epoch: str, token: str) -> Publish:
-        """The call for a group generated under a lease."""
+    def of(cls, group: Group, *, epoch: str, token: str, size: int) -> Publish:
+        """The call for a group generated under a lease, encoded to `size` bytes."""
         versions = tuple(f"{version.number}:{version.digest}" for version in group.versions)
-        return cls(group.actor, epoch, token, group.id, group.version_min, versions)
+        return cls(group.id, "", group.actor, epoch, token, size, group.version_min, versions)
 
 
-def read_groups(stream: Stream, rows: Sequence[Assignment]) -> list[Group]:
-    """The groups of a manifest, in its order, read by entry id in one round trip.
+class Frame(msgspec.Struct, frozen=True):
+    """What a reader finds of a group: the group, or why there is none."""
 
-    Raises `RecordError` for a payload that is missing, does not decode or is another group's.
-    """
-    with stream.redis.pipeline(transaction=False) as pipe:
-        for row in rows:
-            pipe.xrange(stream.key("stream"), row.entry, row.entry)
-        found = pipe.execute()
-    groups = []
-    for row, entries in zip(rows, found, strict=True):
-        if not entries:
+    row: Assignment
+    payload: bytes
+    """The bytes as stored, empty if they are gone."""
+    group: Group | None
+    problem: RecordError | None
+
+    @property
+    def reason(self) -> str:
+        """The reason of a strike: `lost` if the payload is gone, else `poison`."""
+        return "poison" if self.payload else "lost"
+
+
+def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
+    """Each row's payload, in order, read by entry id in one round trip (a node), and decoded."""
+
+    def fetch() -> list[Any]:
+        with stream.redis.pipeline(transaction=False) as pipe:
+            for row in rows:
+                name, identity = stream.locate(row.entry)
+                pipe.execute_command("XRANGE", name, identity, identity)
+            return pipe.execute()
+
+    found = stream.patiently(fetch)
+    return [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
+
+
+def _frame(row: Assignment, entries: Any) -> Frame:
+    payload = entries[0][1].get(b"g", b"") if entries else b""
+    try:
+        if not payload:
             raise RecordError("no such entry", field="payload", entry=row.entry, group=row.group)
-        group = decode(entries[0][1][b"g"], entry=row.entry)
+        group = decode(payload, entry=row.entry)
         if group.id != row.group:
             raise RecordError(f"holds {group.id}", field="id", entry=row.entry, group=row.group)
-        groups.append(group)
-    return groups
+        if group.version_min != row.version_min:
+            problem = f"got {group.version_min} as the oldest, it was published with {row.version_min}"
+            raise RecordError(problem, field="versions", entry=row.entry, group=row.group)
+    except RecordError as problem:
+        return Frame(row, payload, None, problem)
+    return Frame(row, payload, group, None)
+
+
+def sweep(stream: Stream) -> int:
+    """Deletes payloads that nothing refers to: the shards' trash, and orphans of broken-off publishes.
+
+    Returns how many. Meant for the learner, now and then; a second sweep at the same time does no harm.
+    """
+    redis, trash_key = stream.redis, stream.key("trash")
+    trash = stream.patiently(lambda: redis.lrange(trash_key, 0, 999))
+    for entry in trash:
+        name, identity = stream.locate(entry.decode())
+        stream.patiently(partial(redis.xdel, name, identity))
+    if trash:
+        # Should a lost reply make this trim twice, what it trims in vain is swept as an orphan.
+        stream.patiently(lambda: redis.ltrim(trash_key, len(trash), -1))
+    return len(trash) + sum(_sweep_orphans(stream, shard) for shard in range(max(1, stream.shards)))
+
+
+def _sweep_orphans(stream: Stream, shard: int) -> int:
+    name = shard_key(stream.run, shard) if stream.shards else stream.key("stream")
+    # The groups are read after the entries: one that is published in between is in both.
+    aged_ms = int(ORPHAN_S * 1000)
+    aged = stream.patiently(
+        lambda: stream.redis.execute_command("FCALL_RO", f"{LIBRARY}_aged", 1, name, aged_ms)
+    )
+    groups = stream.patiently(lambda: stream.redis.hvals(stream.key("groups")))
+    prefix = f"{shard}/" if stream.shards else ""
+    known = {msgspec.json.decode(row)["entry"] for row in groups}
+    orphans = [entry for entry in aged if prefix + entry.decode() not in known]
+    if orphans:
+        stream.patiently(lambda: stream.redis.xdel(name, *orphans))
+    return len(orphans)

@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FILE", help="questions to train on: JSONL in GSM8K's schema")
     demo.add_argument("--name", help="name of the run (default: demo)")
     demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
+    demo.add_argument("--record", action="store_true", help="keep all it consumes in runs/<name>/record")
     demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")
 
     learner = _command(subparsers, "learner", commands.learner, "train a run; needs a Redis")
@@ -43,6 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
     redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
     redis.add_argument("--folder", type=Path, default=Path("runs/redis"), help="where it keeps its data")
+    redis.add_argument("--users", action="store_true", help="a user for each role; writes <role>.url files")
+
+    users = _command(
+        subparsers, "redis-users", commands.redis_users, "make a user for each role on a Redis that is there"
+    )
+    users.add_argument("--run", help="users of this run only (default: of all runs)")
+    _redis_option(users)
+
+    doctor = _command(subparsers, "doctor", commands.doctor, "look at how a Redis is set up; 1 if wrong")
+    doctor.add_argument("--run", help="look at the payload limit of this run only")
+    doctor.add_argument("--json", action="store_true", help="print one JSON array")
+    _redis_option(doctor)
 
     sft = _command(subparsers, "sft", commands.sft, "supervised warm-up on a data set's own answers")
     _run_options(sft)
@@ -57,11 +70,32 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--seed", type=int, default=0)
 
     status = _command(subparsers, "status", commands.status, "a run as Redis knows it")
+    verify = _command(
+        subparsers, "verify", commands.verify, "prove that nothing is lost, trained twice or too old"
+    )
+    inspect = _command(subparsers, "inspect", commands.inspect, "dead letters: list, save, put back")
+    record = _command(subparsers, "record", commands.record, "keep all that a run consumes, for a replay")
     stop = _command(subparsers, "stop", commands.stop, "end a run after the step under way")
-    for command in (status, stop):
+    for command in (status, verify, inspect, record, stop):
         command.add_argument("--run", help="name of the run (default: the only one)")
         _redis_option(command)
-    status.add_argument("--json", action="store_true", help="print one JSON object")
+    for command in (status, verify, inspect):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument("--dead", action="store_true", help="list the dead letters")
+    inspect.add_argument("--out", type=Path, metavar="DIR", help="also save their payloads there")
+    inspect.add_argument("--requeue", metavar="ENTRY", help="put the prompt of a letter back into the queue")
+    record.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the record")
+    record.add_argument(
+        "--weights", type=Path, metavar="DIR", help="checkpoint that step 0 trains from (default: the run's)"
+    )
+
+    replay = _command(subparsers, "replay", commands.replay, "train a record again and compare every digest")
+    replay.add_argument("folder", type=Path, metavar="DIR", help="a folder that `launch record` made")
+    replay.add_argument("--steps", type=int, metavar="N", help="only the first N steps")
+    replay.add_argument(
+        "--weights", type=Path, metavar="DIR", help="checkpoint to start from (default: the record's)"
+    )
+    replay.add_argument("--json", action="store_true", help="print one JSON object, last line")
     return parser
 
 

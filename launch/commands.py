@@ -27,7 +27,7 @@ def demo(args: argparse.Namespace) -> int:
     config = _config(args, [demo_file()], overrides)
     if config is None:
         return 0
-    return _finish(run_demo(config, args.actors), args.json)
+    return _finish(run_demo(config, args.actors, record=args.record), args.json)
 
 
 def learner(args: argparse.Namespace) -> int:
@@ -59,16 +59,56 @@ def actors(args: argparse.Namespace) -> int:
 
 def redis(args: argparse.Namespace) -> int:
     """A private Redis until Ctrl-C."""
+    from contextlib import ExitStack
+
     from buffer.local_server import LocalServer, url_file
     from launch.local import Interrupt
 
     interrupt = Interrupt()
-    with LocalServer.start(args.folder, port=args.port) as server, url_file(args.folder, server.url):
+    with LocalServer.start(args.folder, port=args.port, users=args.users) as server, ExitStack() as files:
+        files.enter_context(url_file(args.folder, server.url))
         print(server.url, flush=True)
+        for role, url in server.urls.items():
+            path = files.enter_context(url_file(args.folder, url, role))
+            print(f"{role}: {url}  (in {path})", flush=True)
         print(f"data in {args.folder}; end it with Ctrl-C", file=sys.stderr)
         while not interrupt.asked and server.process.poll() is None:
             time.sleep(0.2)
     return 0
+
+
+def redis_users(args: argparse.Namespace) -> int:
+    """Users on a Redis that is there, one a role; prints the URLs of those that are new."""
+    from buffer.acl import ROLES, create_users, keep_users, user_name, with_user
+    from buffer.connect import connect
+
+    url, run = _url(args, ""), args.run or ""
+    client = connect(url)
+    created = create_users(client, run)
+    for role in ROLES:
+        name = user_name(role, run)
+        if name in created:
+            print(f"{name}: {with_user(url, name, created[name])}")
+        else:
+            print(f"{name} was there: its rights are renewed, its password is kept", file=sys.stderr)
+    if not keep_users(client):
+        print(
+            "the server has no aclfile and forgets its users when it restarts: name one in its configuration",
+            file=sys.stderr,
+        )
+    client.close()
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Looks at how a Redis is set up; 1 if anything is wrong."""
+    import msgspec
+
+    from launch.doctor import examine, render
+
+    findings = examine(_url(args, ""), args.run)
+    print(msgspec.json.encode(findings).decode() if args.json else render(findings))
+    return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
 def sft(args: argparse.Namespace) -> int:
@@ -119,6 +159,68 @@ def status(args: argparse.Namespace) -> int:
     found = read_status(find_run(_url(args, ""), args.run))
     print(msgspec.json.encode(found).decode() if args.json else render(found))
     return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Proves the invariants of a run from one snapshot; 1 if any does not hold."""
+    import msgspec
+
+    from launch.status import find_run
+    from launch.verify import render, verify
+
+    found = verify(find_run(_url(args, ""), args.run))
+    print(msgspec.json.encode(found).decode() if args.json else render(found))
+    return 0 if found.holds else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Dead letters: lists them, saves their payloads, or puts one's prompt back."""
+    import msgspec
+
+    from launch.inspect import dead_letters, render, requeue, save_payloads
+    from launch.status import find_run
+
+    if not (args.dead or args.requeue):
+        raise LaunchError("nothing to inspect: give --dead, or --requeue ENTRY")
+    stream = find_run(_url(args, ""), args.run)
+    if args.requeue:
+        print(f"the prompt at position {requeue(stream, args.requeue)} waits in the queue again")
+        return 0
+    letters = dead_letters(stream)
+    for path in save_payloads(letters, args.out) if args.out else []:
+        print(path, file=sys.stderr)
+    print(msgspec.json.encode([letter for letter, _ in letters]).decode() if args.json else render(letters))
+    return 0
+
+
+def record(args: argparse.Namespace) -> int:
+    """Keeps all that a run consumes, waiting for it if need be, until it ends."""
+    from buffer.client import Stream
+    from buffer.connect import connect
+    from launch.local import Interrupt, await_run
+    from launch.record import record_run
+
+    url, interrupt = _url(args, ""), Interrupt()
+    name = await_run(url, args.run, interrupt)
+    if name is None:
+        return 0
+    steps = record_run(Stream(connect(url), name), args.out, args.weights, interrupt)
+    print(f"{steps} steps of run {name} in {args.out}; `launch replay {args.out}` trains them again")
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Trains a record again in a process of its own, as the learner did."""
+    import subprocess
+
+    from launch.local import process_environment
+
+    argv = [sys.executable, "-W", "ignore", "-m", "learner.replay", str(args.folder)]
+    argv += [f"--steps={args.steps}"] if args.steps is not None else []
+    argv += [f"--weights={args.weights}"] if args.weights else []
+    argv += ["--json"] if args.json else []
+    environment = {**os.environ, **process_environment("")}
+    return subprocess.run(argv, env=environment, check=False).returncode
 
 
 def stop(args: argparse.Namespace) -> int:

@@ -11,16 +11,28 @@ from pathlib import Path
 
 import msgspec
 
-from buffer.client import Stream, connect
+from buffer.client import Stream
+from buffer.connect import connect
 from buffer.errors import RedisUnavailable
 from buffer.local_server import LocalServer, url_file
 from launch.arithmetic import write_arithmetic
 from launch.config import RunConfig
 from launch.errors import LaunchError
-from launch.local import Interrupt, actor_names, follow, run_folder, start_actor, start_learner
+from launch.local import (
+    Interrupt,
+    actor_names,
+    follow,
+    run_folder,
+    start_actor,
+    start_learner,
+    start_recorder,
+)
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
 from launch.tiny_model import make_tiny_qwen3
+
+_RECORD_S = 60.0
+"""How long the recorder may take for the last steps after the run has ended."""
 
 
 def prepare(config: RunConfig) -> RunConfig:
@@ -41,8 +53,10 @@ def prepare(config: RunConfig) -> RunConfig:
     return msgspec.structs.replace(config, model=model, data=data)
 
 
-def run_demo(config: RunConfig, actors: int) -> Summary | None:
+def run_demo(config: RunConfig, actors: int, *, record: bool = False) -> Summary | None:
     """Runs to the end, or to Ctrl-C; the summary, None if the run was stopped before it began.
+
+    With `record`, all that the run consumes is kept in `record` of its folder.
 
     Raises `LaunchError`, `StreamError`.
     """
@@ -59,6 +73,7 @@ def run_demo(config: RunConfig, actors: int) -> Summary | None:
     ):
         print(f"run {config.name}: files in {folder}, Redis URL in {url}", file=sys.stderr)
         stream = Stream.connect(server.socket_url, config.name)
+        recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
         learner = start_learner(children, config, server.socket_url, folder)
         names = actor_names(stream.redis, config.name, actors)
         workers = [
@@ -66,6 +81,9 @@ def run_demo(config: RunConfig, actors: int) -> Summary | None:
         ]
         ledger = follow(stream, learner, workers, interrupt)
         children.stop(workers)
+        if recorder is not None:
+            recorder.process.wait(_RECORD_S)
+            print(recorder.last_words(), file=sys.stderr)
     return conclude(config, ledger, time.monotonic() - began)
 
 

@@ -12,7 +12,8 @@ from types import FrameType
 
 import redis
 
-from buffer.client import Stream, connect
+from buffer.client import Stream
+from buffer.connect import connect
 from buffer.errors import NoRun, RedisUnavailable, StreamError
 from buffer.keys import key
 from buffer.ledger import Ledger, Snapshot
@@ -48,6 +49,12 @@ def start_actor(children: Supervisor, run: str, name: str, url: str, logs: Path)
     """Starts an actor's process."""
     argv = [sys.executable, "-m", "actors.worker", "--run", run, "--name", name, "--logs", str(logs)]
     return children.start(name, argv, process_environment(url), logs / f"{name}.log")
+
+
+def start_recorder(children: Supervisor, run: str, url: str, folder: Path) -> Child:
+    """Starts a process that records the run to `record` in the folder."""
+    argv = [sys.executable, "-m", "launch.cli", "record", "--run", run, "--out", str(folder / "record")]
+    return children.start("recorder", argv, process_environment(url), folder / "logs" / "recorder.log")
 
 
 def actor_names(client: redis.Redis, run: str, count: int) -> list[str]:
@@ -129,7 +136,7 @@ def _look(stream: Stream) -> Ledger | None:
 
 def run_actors(url: str, run: str | None, count: int, interrupt: Interrupt) -> int:
     """Starts `count` actors of a run, waiting for the run if need be; 0 when all have left in order."""
-    name = _await_run(url, run, interrupt)
+    name = await_run(url, run, interrupt)
     if name is None:
         return 0
     logs = run_folder(name) / "logs"
@@ -146,8 +153,8 @@ def run_actors(url: str, run: str | None, count: int, interrupt: Interrupt) -> i
     return 2 if failed else 0
 
 
-def _await_run(url: str, run: str | None, interrupt: Interrupt) -> str | None:
-    """The name of the run to join, once there is one; None if interrupted first."""
+def await_run(url: str, run: str | None, interrupt: Interrupt) -> str | None:
+    """The name of a run that goes on, once there is one; None if interrupted first."""
     told = False
     while not interrupt.asked:
         try:

@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import redis
 
-from buffer.client import Stream, connect, shown
+from buffer.client import Stream
+from buffer.connect import connect, shown
 from buffer.errors import NoRun
 from buffer.keys import RUNS, key
-from buffer.ledger import Ledger, Snapshot
+from buffer.ledger import Counts, Ledger, Snapshot
 from launch.errors import LaunchError
 
 
@@ -23,6 +24,26 @@ class GroupCounts(msgspec.Struct, frozen=True):
     assigned: int
     trained: int
     dropped: dict[str, int]
+
+    def identity(self, conserved: bool) -> str:
+        """The conservation of groups as a line.
+
+        >>> GroupCounts(5, 1, 0, 0, 3, {"expired": 1}).identity(True)
+        '5 admitted = 1 leased + 0 queued + 0 assigned + 3 trained + 1 expired dropped'
+        """
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
+        return (
+            f"{self.admitted} admitted = {self.leased} leased + {self.queued} queued + "
+            f"{self.assigned} assigned + {self.trained} trained + {dropped} dropped"
+            + ("" if conserved else "   NOT CONSERVED")
+        )
+
+    @classmethod
+    def of(cls, counts: Counts) -> GroupCounts:
+        """The part of the ledger that a person looks at."""
+        return cls(
+            counts.admitted, counts.leased, counts.queued, counts.assigned, counts.trained, counts.dropped
+        )
 
 
 class ActorStatus(msgspec.Struct, frozen=True):
@@ -83,9 +104,7 @@ def of_ledger(run: str, ledger: Ledger) -> Status:
         staleness_max=max(ledger.staleness) if trained else None,
         max_staleness=ledger.number("eta"),
         tokens_per_second=_figure(ledger, "tokens_per_second"),
-        groups=GroupCounts(
-            counts.admitted, counts.leased, counts.queued, counts.assigned, counts.trained, counts.dropped
-        ),
+        groups=GroupCounts.of(counts),
         conserved=counts.conserved,
         actors=[_actor(ledger, name) for name in ledger.actors],
     )
@@ -117,17 +136,13 @@ def _figure(ledger: Ledger, name: str) -> float | None:
 
 def render(status: Status) -> str:
     """The status as a page of text."""
-    groups = status.groups
-    dropped = ", ".join(f"{count} {reason}" for reason, count in groups.dropped.items()) or "0"
     lines = [
         f"run        {status.run}: {status.phase}",
         f"step       {status.step} of {status.max_steps}",
         f"reward     {_shown(status.reward, '.3f')}",
         f"staleness  mean {_shown(status.staleness_mean, '.2f')}, max {_shown(status.staleness_max, 'd')}, "
         f"bound {status.max_staleness}",
-        f"groups     {groups.admitted} admitted = {groups.leased} leased + {groups.queued} queued + "
-        f"{groups.assigned} assigned + {groups.trained} trained + {dropped} dropped"
-        + ("" if status.conserved else "   NOT CONSERVED"),
+        f"groups     {status.groups.identity(status.conserved)}",
         f"tokens/s   {_shown(status.tokens_per_second, '.0f')}",
     ]
     for actor in status.actors:

@@ -96,17 +96,13 @@ def render(summary: Summary) -> str:
     differences = ", ".join(
         f"{name} {value:.1e}" for name, value in weights.get("max_difference", {}).items()
     )
-    groups = summary.groups
-    dropped = ", ".join(f"{count} {reason}" for reason, count in groups.dropped.items()) or "0"
     lines = [
         f"run         {summary.run}: {summary.ended} after {summary.steps} steps, {summary.seconds:.0f} s",
         f"reward      {summary.reward_first} (first {FIRST_STEPS} steps) -> "
         f"{summary.reward_last} (last {LAST_STEPS})",
         f"staleness   mean {summary.staleness_mean}, max {summary.staleness_max}, "
         f"bound {summary.max_staleness}",
-        f"groups      {groups.admitted} admitted = {groups.leased} leased + {groups.queued} queued + "
-        f"{groups.assigned} assigned + {groups.trained} trained + {dropped} dropped"
-        + ("" if summary.conserved else "   NOT CONSERVED"),
+        f"groups      {summary.groups.identity(summary.conserved)}",
         f"tokens/s    {summary.tokens_per_second}; actors generated during {summary.overlap:.0%} of training"
         if summary.overlap is not None
         else "tokens/s    -",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 import msgspec
 
-from buffer.admission import Assign
-from buffer.client import Stream
+from buffer.batches import Manifest
 from buffer.schema import Group
-from buffer.stream import read_groups
+from buffer.session import Session
+from buffer.stream import read_frames
+
+log = logging.getLogger("learner")
 
 TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
@@ -30,11 +33,11 @@ class Batch(msgspec.Struct, eq=False):
     """How long reading and decoding took."""
 
 
-def next_batch(stream: Stream, epoch: str, step: int, on_wait: Callable[[str], None]) -> Batch | None:
+def next_batch(session: Session, step: int, on_wait: Callable[[str], None]) -> Batch | None:
     """The batch of a step, or None once the run is over. `on_wait` hears each reason to wait."""
-    began = time.monotonic()
+    stream, began = session.stream, time.monotonic()
     while True:
-        answer = stream.call(Assign(epoch, step))
+        answer = session.assign(step)
         if answer.status == "end":
             return None
         if answer.status == "batch":
@@ -42,5 +45,17 @@ def next_batch(stream: Stream, epoch: str, step: int, on_wait: Callable[[str], N
         on_wait(answer.reason)
         stream.take(stream.key("bell"), TICK_S)
     found = time.monotonic()
-    groups = read_groups(stream, answer.groups())
+    groups = read_batch(session, step, answer.manifest)
     return Batch(step, groups, answer.ready, found - began, time.monotonic() - found)
+
+
+def read_batch(session: Session, step: int, manifest: Manifest) -> list[Group]:
+    """The groups of a manifest in canonical order; the step trains without those that cannot be read."""
+    groups = []
+    for frame in read_frames(session.stream, manifest.groups()):
+        if frame.group is not None:
+            groups.append(frame.group)
+            continue
+        log.warning("step %d trains without a group (%s): %s", step, frame.reason, frame.problem)
+        session.strike(step, frame.row.group, frame.reason, frame.payload)
+    return groups

@@ -1,48 +1,64 @@
-"""Keeps the prompt queue ahead of the actors, independently of the steps."""
+"""Keeps the prompt queue ahead of the actors and the run's clock going, independently of the steps."""
 
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
-from buffer.client import Stream
-from buffer.errors import StreamError
-from buffer.prompts import Feed, encode_prompt
+from buffer.errors import Behind, StreamError
+from buffer.prompts import encode_prompt
+from buffer.session import Session
+from buffer.stream import sweep
 from learner.datasets import PromptOrder
 
 _LOOK_S = 0.25
+_SWEEP_S = 30.0
 
 
 class Feeder(threading.Thread):
     """A thread that holds `ahead` prompts in the queue while it is entered.
 
-    The queue's tail in Redis says which prompt comes next, so a feeder can be stopped anywhere.
-    What ends it early is kept in `error`.
+    The queue's tail in Redis says which prompt comes next, so a feeder can be stopped anywhere; when the
+    data ends it says so. Each look also lets the run's clock advance, and now and then payloads that
+    nothing refers to are swept. What ends it early is kept in `error`.
     """
 
-    def __init__(self, stream: Stream, epoch: str, order: PromptOrder, *, tail: int, ahead: int) -> None:
+    def __init__(self, session: Session, order: PromptOrder, *, ahead: int) -> None:
         super().__init__(name="feeder", daemon=True)
-        self._stream, self._epoch, self._order = stream, epoch, order
-        self._tail, self._ahead = tail, ahead
+        self._session, self._order, self._ahead = session, order, ahead
         self._stopped = threading.Event()
+        self._swept = time.monotonic()
         self.error: StreamError | None = None
 
     def run(self) -> None:
         """Tops the queue up whenever it is shorter than `ahead`."""
         try:
             while not self._stopped.is_set():
+                self._session.beat()
                 self._top_up()
+                self._sweep()
                 self._stopped.wait(_LOOK_S)
         except StreamError as error:
             self.error = error
 
     def _top_up(self) -> None:
-        queued = int(self._stream.redis.llen(self._stream.key("prompts")))
-        missing = self._ahead - queued
-        if missing > 0:
-            prompts = (self._order.at(self._tail + index) for index in range(missing))
-            fed = self._stream.call(Feed(self._epoch, self._tail, tuple(map(encode_prompt, prompts))))
-            self._tail = fed.tail
+        stream = self._session.stream
+        queued, ended = int(stream.redis.llen(stream.key("prompts"))), self._session.data_end >= 0
+        if queued >= self._ahead or ended:
+            return
+        positions = range(self._session.tail, self._session.tail + self._ahead - queued)
+        found = [self._order.at(position) for position in positions]
+        prompts = tuple(encode_prompt(prompt) for prompt in found if prompt is not None)
+        try:
+            self._session.feed(positions.start, prompts, final=len(prompts) < len(found))
+        except Behind:
+            return  # the server came back older: its tail, which the session knows now, is fed next
+
+    def _sweep(self) -> None:
+        if self._session.stream.shards or time.monotonic() - self._swept > _SWEEP_S:
+            sweep(self._session.stream)
+            self._swept = time.monotonic()
 
     def __enter__(self) -> Feeder:
         self.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,23 @@ import redis
 
 from buffer.client import Stream
 from buffer.schema import Group
+
+START = Path("weights", "0")
+"""Where, in a run's folder, version 0 lies if the run made it itself by a warm-up."""
+_PACKAGES = ("slipstream", "torch", "megatron-core", "numpy", "transformers", "safetensors")
+
+
+def environment() -> dict[str, str]:
+    """What a replay must share to be bitwise: package versions, instruction set, threads."""
+    import torch
+
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 class RunRecord:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import secrets
 import signal
 import sys
 import time
@@ -18,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from buffer.admission import Joined, JoinLearner
 from buffer.client import Stream
 from buffer.config import StreamConfig
 from buffer.errors import Fenced, StreamError
 from buffer.keys import RUNS
-from buffer.ledger import Commit, Leave, Snapshot
+from buffer.ledger import Snapshot
+from buffer.members import Rules
+from buffer.session import Session
 from learner.batch import Batch, next_batch
 from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
 from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
 from learner.feed import Feeder
-from learner.record import RunRecord
+from learner.record import START, RunRecord, environment
 from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
@@ -93,99 +93,92 @@ class Learner:
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
         if left_out:
             log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
-        joined = self._join()
+        session = self._join()
         with RunRecord(self._folder, self._stream) as record:
-            trainer = self._trainer()
+            trainer = self._trainer(Path(settings.model.path))
             report: dict[str, Any] = {}
             if settings.sft is not None:
-                report["sft"] = self._warm_up(trainer, tokenizer, record, joined.epoch)
-            with self._feeder(joined, order) as feeder, self._offers(joined) as offers:
-                manifest = self._train(trainer, joined.epoch, offers, record, feeder)
+                report["sft"] = self._warm_up(trainer, tokenizer, record, session)
+                trainer = self._start_over(trainer)
+            self._stream.redis.set(self._stream.key("environment"), msgspec.json.encode(environment()))
+            with self._feeder(session, order) as feeder, self._offers(session) as offers:
+                manifest = self._train(trainer, session, offers, record, feeder)
                 report |= self._finish(trainer, tokenizer, manifest)
                 reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
-                self._stream.call(Leave("learner", reason, joined.epoch))
+                session.leave(reason)
         (self._folder / "report.json").write_bytes(msgspec.json.encode(report))
 
-    def _join(self) -> Joined:
+    def _join(self) -> Session:
         """Creates the run and puts there what actors need."""
-        rules, stream = self._settings.stream, self._stream
-        stream.load_library()
-        joined = stream.call(
-            JoinLearner(
-                random=secrets.token_hex(16),
-                nonce=secrets.token_hex(16),
-                batch=rules.groups_per_step,
-                eta=rules.max_staleness,
-                max_steps=rules.max_steps,
-                group_size=rules.group_size,
-                lease_ms=int(rules.lease_s * 1000),
-                attempts_max=rules.attempts,
-            )
-        )
-        if joined.version >= 0:
+        stream = self._stream
+        session = Session.join(stream, Rules.of(self._settings.stream))
+        if session.version >= 0:
             raise LearnerError(
-                f"run {self._settings.name} has {joined.version} steps already and no checkpoint to go on "
+                f"run {self._settings.name} has {session.version} steps already and no checkpoint to go on "
                 "from; give the new run another name"
             )
         stream.redis.sadd(RUNS, self._settings.name)
         stream.redis.hset(stream.key("files"), mapping=model_files(Path(self._settings.model.path)))
         stream.redis.set(stream.key("config"), self._config)
-        return joined
+        return session
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, folder: Path) -> Trainer:
         from learner.step import Trainer  # brings torch and Megatron-Core: after all cheap checks
 
         settings = self._settings
-        folder = Path(settings.model.path)
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
-    def _feeder(self, joined: Joined, order: PromptOrder) -> Feeder:
-        rules = self._settings.stream
-        ahead = rules.groups_per_step * (rules.max_staleness + 2)
-        return Feeder(self._stream, joined.epoch, order, tail=joined.tail, ahead=ahead)
+    def _start_over(self, trainer: Trainer) -> Trainer:
+        """Version 0 from its own checkpoint, with a fresh optimizer: what a replay starts from, too."""
+        trainer.save(self._folder / START)
+        return self._trainer(self._folder / START)
 
-    def _offers(self, joined: Joined) -> Offers:
+    def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
+        rules = self._settings.stream
+        return Feeder(session, order, ahead=rules.groups_per_step * (rules.max_staleness + 2))
+
+    def _offers(self, session: Session) -> Offers:
         settings = self._settings.weightsync
         return Offers(
             self._stream,
-            learner_epoch=joined.epoch.partition(":")[0],
+            learner_epoch=session.epoch.partition(":")[0],
             address=settings.address or address_towards(self._stream),
             timeout_s=settings.timeout_s,
             log=log.info,
         )
 
     def _train(
-        self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord, feeder: Feeder
+        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, feeder: Feeder
     ) -> Manifest:
         """All steps; the last version's manifest."""
-        manifest = self._publish(trainer, epoch, offers)
+        manifest = self._publish(trainer, session, offers)
         self._training_since = time.time()
         for step in range(self._settings.stream.max_steps):
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
-            batch = next_batch(self._stream, epoch, step, partial(self._on_wait, feeder))
+            batch = next_batch(session, step, partial(self._on_wait, feeder))
             if batch is None:
                 break
-            manifest = self._step(trainer, epoch, offers, record, batch)
+            manifest = self._step(trainer, session, offers, record, batch)
         return manifest
 
-    def _publish(self, trainer: Trainer, epoch: str, offers: Offers) -> Manifest:
+    def _publish(self, trainer: Trainer, session: Session, offers: Offers) -> Manifest:
         """Commits the current version and offers it to the engines."""
         tensors = trainer.export()
         manifest = Manifest.of(trainer.version, tensors)
         # No checkpoint can be restored yet, so no restore can ask for a trained step again.
-        self._stream.call(Commit(epoch, manifest.version, manifest.digest, covered=manifest.version - 1))
+        session.commit(manifest.version, manifest.digest, covered=manifest.version - 1)
         offers.publish(manifest, tensors)
         return manifest
 
     def _step(
-        self, trainer: Trainer, epoch: str, offers: Offers, record: RunRecord, batch: Batch
+        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, batch: Batch
     ) -> Manifest:
         """Trains one batch, commits the version it makes, records what happened."""
         began = time.time()
         metrics = trainer.train_step(batch.groups, batch.step)
         trained = time.time()
-        manifest = self._publish(trainer, epoch, offers)
+        manifest = self._publish(trainer, session, offers)
         ended = time.time()
         record.trained(batch.step, began, trained)
         record.generated(batch.groups)
@@ -226,7 +219,7 @@ class Learner:
             log.info("waiting for groups (%s): %s", reason, who)
 
     def _warm_up(
-        self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord, epoch: str
+        self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord, session: Session
     ) -> dict[str, Any]:
         """The supervised warm-up, shown in `{run}:progress`; what goes into the report. Raises `Stopped`."""
 
@@ -234,7 +227,7 @@ class Learner:
             record.progress({"sft_steps": progress.steps, "sft_accuracy": f"{progress.accuracy:.3f}"})
             log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
             if self._stopping or self._stream.redis.exists(self._stream.key("stop")):
-                self._stream.call(Leave("learner", "stopped", epoch))
+                session.leave("stopped")
                 raise Stopped
 
         assert self._settings.sft is not None
@@ -271,9 +264,8 @@ def main() -> int:
     config = (folder / "config.json").read_bytes()
     settings = msgspec.json.decode(config, type=Settings)
     try:
-        learner = Learner(
-            Stream.connect(os.environ["SLIPSTREAM_REDIS"], settings.name), settings, config, folder
-        )
+        url, shards = os.environ["SLIPSTREAM_REDIS"], settings.stream.shards
+        learner = Learner(Stream.connect(url, settings.name, shards=shards), settings, config, folder)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)
         learner.run()

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from buffer.client import Stream
 from buffer.local_server import LocalServer
 
+pytest.register_assert_rewrite("tests.contract.walk", "tests.contract.reading")
+
 # A shared machine makes any per-example deadline flaky; `--hypothesis-profile thorough` searches longer.
 _SLOW = [HealthCheck.too_slow]
 settings.register_profile("quick", deadline=None, max_examples=60, suppress_health_check=_SLOW)

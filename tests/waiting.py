@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`; fails after `seconds`."""
+def wait_until(condition: Callable[[], Any], seconds: float, what: str, *, pause: float = 0.2) -> Any:
+    """The first true value of `condition`, asked every `pause` seconds; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(0.2)
+        time.sleep(pause)
     raise AssertionError(f"not within {seconds} s: {what}")

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from buffer.admission import Admit, Assign, Assigned, Beat, Heartbeat, JoinActor, JoinLearner, Lease
+from buffer.admission import Admit, Lease
+from buffer.batches import Assign, Assigned, Strike, Struck
 from buffer.client import Stream
 from buffer.codec import encode
-from buffer.ledger import Applied, Commit, Leave, Ledger, Snapshot
+from buffer.ledger import Ledger, Snapshot
+from buffer.members import Applied, Beat, Heartbeat, JoinActor, JoinLearner, Leave, Rules
 from buffer.prompts import Fed, Feed, encode_prompt
 from buffer.schema import Group, Prompt, Sample, Span, Version
 from buffer.stream import Publish, Published
+from buffer.versions import Commit, CommitCheckpoint, Fork, Forked
 
 SETTINGS = {"batch": 2, "eta": 1, "max_steps": 100, "group_size": 2, "lease_ms": 60_000, "attempts_max": 3}
 """The settings of a run unless a test says otherwise."""
@@ -59,11 +62,18 @@ def make_group(
     return Group(lineage, position, attempt, position, actor, 1, 1.0, table, 1.0, 2.0, samples)
 
 
+def encoded_prompts(position: int, count: int) -> tuple[bytes, ...]:
+    """Records of the prompts from a position on; prompt p has the one token p."""
+    return tuple(encode_prompt(Prompt(p, [p], f"answer {p}")) for p in range(position, position + count))
+
+
 class Run:
     """A run on a real server with its epochs. Each method is one call, unless it says otherwise."""
 
-    def __init__(self, stream: Stream, **settings: int) -> None:
-        self.stream, self.settings = stream, {**SETTINGS, **settings}
+    def __init__(self, stream: Stream, **settings: Any) -> None:
+        self.stream = stream
+        chosen = {**SETTINGS, **settings}
+        self.rules = Rules(**{"cap": chosen["batch"], **chosen})
         self.epochs: dict[str, str] = {}
         """Epoch of each role: `learner`, or the name of an actor."""
         self.requests: dict[str, int] = {}
@@ -81,7 +91,7 @@ class Run:
 
     def join_learner(self, random: str = "") -> str:
         """Joins as a new learner; the epoch."""
-        call = JoinLearner(random=random or secrets.token_hex(16), nonce="nonce", **self.settings)
+        call = JoinLearner(random=random or secrets.token_hex(16), nonce="nonce", rules=self.rules)
         self.epochs["learner"] = self.stream.call(call).epoch
         return self.epochs["learner"]
 
@@ -91,10 +101,10 @@ class Run:
         self.epochs[actor] = self.stream.call(call).epoch
         return self.epochs[actor]
 
-    def feed(self, position: int, count: int) -> Fed:
+    def feed(self, position: int, count: int, *, final: bool = False) -> Fed:
         """Feeds `count` prompts at a position; prompt p has the one token p."""
-        prompts = (encode_prompt(Prompt(p, [p], f"answer {p}")) for p in range(position, position + count))
-        return self.stream.call(Feed(self.epochs["learner"], position, tuple(prompts)))
+        prompts = encoded_prompts(position, count)
+        return self.stream.call(Feed(self.epochs["learner"], position, prompts, final))
 
     def next_admit(self, actor: str) -> Admit:
         """The actor's next admit call, not yet made."""
@@ -114,8 +124,11 @@ class Run:
     def publish_call(self, lease: Lease, actor: str, *versions: int) -> tuple[Publish, bytes]:
         """The call and payload that hand in a valid group for a lease; its own version by default."""
         table = versions or (lease.version,)
-        group = make_group(lease.position, lease.attempt, versions=table, actor=actor)
-        return Publish.of(group, epoch=self.epochs[actor], token=lease.token), encode(group)
+        lineage = int(lease.group.partition("-")[0])
+        group = make_group(lease.position, lease.attempt, lineage=lineage, versions=table, actor=actor)
+        payload = encode(group)
+        call = Publish.of(group, epoch=self.epochs[actor], token=lease.token, size=len(payload))
+        return call, payload
 
     def publish(self, lease: Lease, actor: str, *versions: int) -> Published:
         """Hands in a valid group for a lease."""
@@ -140,6 +153,20 @@ class Run:
         call = Commit(self.epochs["learner"], version, digest(version), covered)
         return self.stream.call(call).version
 
+    def checkpoint(self, version: int, oldest: int | None = None) -> int:
+        """Commits a checkpoint of a version, the only one kept unless `oldest` says otherwise."""
+        kept = version if oldest is None else oldest
+        call = CommitCheckpoint(self.epochs["learner"], version, digest(version), kept)
+        return self.stream.call(call).version
+
+    def strike(self, step: int, group: str, reason: str = "poison", payload: bytes = b"bad") -> Struck:
+        """Strikes a group of a step, or with step -1 a queued one."""
+        return self.stream.call(Strike(self.epochs["learner"], step, group, reason, payload))
+
+    def fork(self, lineage: int, at: int, rules: Rules | None = None) -> Forked:
+        """Leaves a lineage at a version."""
+        return self.stream.call(Fork(self.epochs["learner"], lineage, at, "test", rules or self.rules))
+
     def applied(self, actor: str, version: int) -> int:
         """Says that the actor serves a version, with its usual digest."""
         return self.stream.call(Applied(actor, self.epochs[actor], version, digest(version))).version
@@ -148,9 +175,13 @@ class Run:
         """The actor leaves; how many leases it handed back."""
         return self.stream.call(Leave("actor", actor, self.epochs[actor])).released
 
+    def leave_learner(self, reason: str) -> int:
+        """The learner ends the run; how many leases were released."""
+        return self.stream.call(Leave("learner", reason, self.epochs["learner"])).released
+
     def snapshot(self) -> Ledger:
         """The control state."""
-        return self.stream.call(Snapshot())
+        return self.stream.call(Snapshot(full=True))
 
     def keys(self) -> dict[str, Any]:
         """Everything Redis holds of the run but the clock, to prove that a call changed nothing."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from buffer.admission import Assign, Drop
+from buffer.admission import Drop
+from buffer.batches import Assign
 from buffer.client import Stream
 from buffer.codec import encode
-from buffer.errors import RecordError, StreamError
-from buffer.ledger import Applied, Commit, Counts, Snapshot
-from buffer.stream import Publish, read_groups
+from buffer.errors import StreamError
+from buffer.ledger import Counts, Snapshot
+from buffer.members import Applied
+from buffer.stream import Publish, read_frames
+from buffer.versions import Commit, CommitCheckpoint
 from tests.contract.harness import Run, digest, make_group
 
 
@@ -24,9 +27,10 @@ def test_a_group_travels_from_actor_to_learner(run: Run) -> None:
     leases = run.queue("b", 2)
     answer = run.assign(0)
     assert (answer.status, answer.reason, answer.ready) == ("batch", "", 0)
-    groups = read_groups(run.stream, answer.groups())
-    assert [group.id for group in groups] == [lease.group for lease in leases]
-    assert [group.actor for group in groups] == ["b", "b"]
+    groups = [frame.group for frame in read_frames(run.stream, answer.manifest.groups())]
+    assert [group.id for group in groups if group] == [lease.group for lease in leases]
+    assert [group.actor for group in groups if group] == ["b", "b"]
+    assert groups[1] is not None
     assert groups[1].samples[0].tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert run.snapshot().counts == Counts(admitted=2, assigned=2)
 
@@ -110,9 +114,9 @@ def test_the_batch_takes_the_earliest_deadlines_then_the_lowest_ids(stream: Stre
     for lease, actor in [(late[0], "b"), (early[2], "a"), (early[0], "a"), (early[1], "a")]:
         assert run.publish(lease, actor).status == "ok"
     assert (early[0].deadline, late[0].deadline) == (2, 3)
-    assert [row.group for row in run.assign(1).groups()] == [early[0].group, early[1].group]
+    assert [row.group for row in run.assign(1).manifest.groups()] == [early[0].group, early[1].group]
     # The rows of a manifest stand by group id, whatever their deadlines: a batch trains in one order.
-    assert [row.group for row in run.assign(2).groups()] == [late[0].group, early[2].group]
+    assert [row.group for row in run.assign(2).manifest.groups()] == [late[0].group, early[2].group]
 
 
 def test_the_learner_waits_for_too_few_and_for_earlier_deadlines(stream: Stream) -> None:
@@ -128,7 +132,7 @@ def test_the_learner_waits_for_too_few_and_for_earlier_deadlines(stream: Stream)
     answer = run.assign(1)
     assert (answer.status, answer.reason, answer.ready) == ("wait", "unsafe", 1)
     run.publish(slow, "a")
-    assert [row.group for row in run.assign(1).groups()] == [slow.group]
+    assert [row.group for row in run.assign(1).manifest.groups()] == [slow.group]
     assert run.assign(2).status == "batch"
 
 
@@ -149,9 +153,9 @@ def test_a_repeated_assign_is_the_stored_manifest(run: Run) -> None:
     run.queue("a", 4)
     first = run.assign(0)
     before = run.keys()
-    assert run.assign(0).manifest == first.manifest
+    assert run.assign(0).raw == first.raw
     assert run.keys() == before
-    with pytest.raises(StreamError, match="got step 2, the next to assign is 1"):
+    with pytest.raises(StreamError, match="got 2, the next to assign is 1"):
         run.assign(2)
     with pytest.raises(StreamError, match=r"^step: got 0\.5, expected an integer"):
         run.stream.call(Assign(run.epochs["learner"], 0.5))  # type: ignore[arg-type]
@@ -180,11 +184,12 @@ def test_a_repeated_commit_changes_nothing_and_a_wrong_one_is_refused(run: Run) 
     run.commit(1, covered=0)
     before, epoch = run.keys(), run.epochs["learner"]
     assert run.commit(1, covered=0) == 1
+    assert run.stream.call(Commit(epoch, 1, "a twin's", -1)).digest == digest(1), "the first digest counts"
     for call, problem in [
-        (Commit(epoch, 1, "other", -1), "version 1 was committed with digest digest-1, got other"),
-        (Commit(epoch, 3, "d", -1), "got version 3, the next to commit is 2"),
-        (Commit(epoch, 2, "d", -1), "step 1 was never assigned"),
-        (Commit(epoch, 2, "d", 2), "covered: got 2, beyond the step trained"),
+        (Commit(epoch, 3, "d", -1), "got version 3, the next to commit is 2 and the next step to assign 1"),
+        (Commit(epoch, 2, "d", -1), "got version 2, the next to commit is 2 and the next step to assign 1"),
+        (CommitCheckpoint(epoch, 1, "d", 0), "checkpoint of version 1: got digest d, committed is digest-1"),
+        (CommitCheckpoint(epoch, 1, digest(1), 2), "oldest: got 2, newer than the checkpoint 1"),
         (Commit(epoch, 2, "", -1), "digest: got nothing, expected text"),
     ]:
         with pytest.raises(StreamError, match=f"^{problem}$"):
@@ -206,14 +211,15 @@ def test_reading_a_batch_names_a_payload_that_is_missing_or_wrong(run: Run) -> N
     call, _ = run.publish_call(lease, "a")
     run.stream.publish(call, encode(make_group(7)))
     run.publish(other, "a")
-    rows = run.assign(0).groups()
-    with pytest.raises(RecordError, match="holds 0000-0000000007-00") as caught:
-        read_groups(run.stream, rows)
-    assert (caught.value.entry, caught.value.group) == (rows[0].entry, lease.group)
+    rows = run.assign(0).manifest.groups()
+    wrong, right = read_frames(run.stream, rows)
+    assert (wrong.reason, right.problem) == ("poison", None)
+    assert "holds 0000-0000000007-00" in str(wrong.problem)
     run.stream.redis.xdel(run.stream.key("stream"), rows[0].entry)
-    with pytest.raises(RecordError, match="no such entry") as caught:
-        read_groups(run.stream, rows)
-    assert (caught.value.entry, caught.value.group) == (rows[0].entry, lease.group)
+    gone, _ = read_frames(run.stream, rows)
+    assert (gone.reason, gone.payload) == ("lost", b"")
+    assert gone.problem is not None
+    assert (gone.problem.entry, gone.problem.group) == (rows[0].entry, lease.group)
 
 
 def test_a_ready_batch_rings_the_learner_once(run: Run) -> None:

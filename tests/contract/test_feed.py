@@ -5,6 +5,7 @@ from __future__ import annotations
 from buffer.client import Stream
 from buffer.errors import Fenced
 from buffer.schema import Prompt
+from buffer.session import Session
 from learner.datasets import PromptOrder
 from learner.feed import Feeder
 from tests.contract.harness import Run
@@ -13,13 +14,17 @@ from tests.waiting import wait_until
 ORDER = PromptOrder([Prompt(row, [row], f"#### {row}") for row in range(5)], seed=3)
 
 
+def _take_over(stream: Stream) -> Session:
+    return Session.join(stream, Run(stream).rules)
+
+
 def queued(stream: Stream) -> int:
     return int(stream.redis.llen(stream.key("prompts")))  # type: ignore[arg-type]
 
 
 def test_the_queue_is_topped_up_in_the_order_of_positions(stream: Stream) -> None:
-    run = Run(stream).start("a", prompts=0)
-    with Feeder(stream, run.epochs["learner"], ORDER, tail=0, ahead=8) as feeder:
+    run, session = Run(stream).start("a", prompts=0), _take_over(stream)
+    with Feeder(session, ORDER, ahead=8) as feeder:
         wait_until(lambda: queued(stream) == 8, 5, "the feeder")
         leases = run.leases("a", 4)
         wait_until(lambda: queued(stream) == 8, 5, "the feeder")
@@ -29,8 +34,8 @@ def test_the_queue_is_topped_up_in_the_order_of_positions(stream: Stream) -> Non
 
 
 def test_a_feeder_of_an_older_learner_stops_and_says_so(stream: Stream) -> None:
-    run = Run(stream).start("a", prompts=0)
-    with Feeder(stream, run.epochs["learner"], ORDER, tail=0, ahead=2) as feeder:
+    run, session = Run(stream).start("a", prompts=0), _take_over(stream)
+    with Feeder(session, ORDER, ahead=2) as feeder:
         wait_until(lambda: queued(stream) == 2, 5, "the feeder")
         run.join_learner()
         run.leases("a", 1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from buffer.admission import Admit, Assign, Drop, Heartbeat, JoinActor
-from buffer.client import Call, Stream
-from buffer.errors import Fenced, NoRun, SettingsMismatch, StreamError
-from buffer.ledger import Applied, Commit, Leave, Snapshot
-from buffer.prompts import Feed
+from buffer.admission import Admit, Drop
+from buffer.batches import Assign, Strike
+from buffer.client import LIBRARY, Call, Stream
+from buffer.errors import Fenced, NoRun, SchemaMismatch, SettingsMismatch, StreamError
+from buffer.ledger import Snapshot
+from buffer.members import Applied, Heartbeat, JoinActor, JoinRecorder, LearnerBeat, Leave
+from buffer.prompts import Feed, Requeue
+from buffer.recovery import Known, Reconcile
 from buffer.stream import Publish
+from buffer.versions import Commit, CommitCheckpoint, Fork
 from tests.contract.harness import Run, digest, make_group
 
 
@@ -37,6 +41,23 @@ def test_joining_again_with_the_same_bits_is_the_same_join(run: Run) -> None:
     assert run.keys() == before
 
 
+def test_a_join_that_arrives_late_fences_nobody(run: Run) -> None:
+    run.join_actor("a", "first")
+    assert run.join_actor("a", "second") == "3:second"
+    before = run.keys()
+    assert run.join_actor("a", "first") == "2:first"
+    assert run.keys() == before
+
+
+def test_an_actor_of_another_release_is_refused_with_both_versions(run: Run) -> None:
+    before = run.keys()
+    with pytest.raises(
+        SchemaMismatch, match=r"actor c writes records of schema version 9, this run reads \d"
+    ):
+        run.stream.call(JoinActor("r", "c", "host", schema=9))
+    assert run.keys() == before
+
+
 def test_a_learner_with_other_settings_is_refused(run: Run) -> None:
     before = run.keys()
     other = Run(run.stream, eta=7)
@@ -57,6 +78,13 @@ def test_a_learner_with_other_settings_is_refused(run: Run) -> None:
         Applied("a", "1:r", 0, "d"),
         Leave("actor", "a", "1:r"),
         Leave("learner", "done", "1:r"),
+        LearnerBeat("1:r"),
+        JoinRecorder("r", "backup"),
+        Strike("1:r", 0, "g", "poison"),
+        CommitCheckpoint("1:r", 0, "d", 0),
+        Fork("1:r", 0, 0, "test", Run(None).rules),  # type: ignore[arg-type]
+        Reconcile("1:r", False, Known("nonce", 0, 0, 0, -1, 0, -1)),
+        Requeue("1-1"),
         Feed("1:r", 0, (b"p",)),
         Snapshot(),
     ],
@@ -70,12 +98,12 @@ def test_an_unknown_run_is_named(stream: Stream, call: Call) -> None:
 
 def test_publishing_to_an_unknown_run_leaves_no_payload(stream: Stream) -> None:
     with pytest.raises(NoRun, match=stream.run):
-        stream.publish(Publish.of(make_group(), epoch="1:r", token="1:t"), b"payload")
+        stream.publish(Publish.of(make_group(), epoch="1:r", token="1:t", size=7), b"payload")
     assert stream.redis.xlen(stream.key("stream")) == 0
 
 
 def test_a_missing_library_is_no_run(run: Run) -> None:
-    run.stream.redis.function_delete("slipstream1")
+    run.stream.redis.function_delete(LIBRARY)
     try:
         with pytest.raises(NoRun, match="function library"):
             run.snapshot()
@@ -104,7 +132,7 @@ def test_a_replaced_epoch_may_not_write(run: Run, role: str) -> None:
         ]
     before = run.keys()
     for call in calls:
-        with pytest.raises(Fenced, match="was replaced by 2:"):
+        with pytest.raises(Fenced, match="is not the one that may write, 2:"):
             run.stream.call(call)
     assert run.keys() == before
 
@@ -117,14 +145,14 @@ def test_a_replaced_actor_may_not_publish(run: Run) -> None:
     assert (answer.status, answer.reason, answer.entry) == ("late", "fenced", "")
     ledger = run.snapshot()
     assert ledger.counts.refused == {"fenced": 1}
-    assert (ledger.sizes["payloads"], ledger.counts.leased) == (0, 1)
+    assert (ledger.sizes["payloads"], ledger.counts.dropped) == (0, {"released": 1})
 
 
 def test_an_actor_that_left_is_fenced_and_its_leases_are_released(run: Run) -> None:
     lease, other = run.admit("a"), run.admit("b")
     assert run.leave("a") == 1
     assert run.leave("a") == 0
-    with pytest.raises(Fenced, match="has left"):
+    with pytest.raises(Fenced, match="may write, none"):
         run.admit("a")
     ledger = run.snapshot()
     assert ledger.counts.dropped == {"released": 1}

@@ -94,7 +94,7 @@ def test_a_clock_that_jumps_expires_nothing(run: Run, last: int) -> None:
     run.elapse(-10)
     before = run.snapshot().number("clock")
     run.stream.redis.hset(run.stream.key("state"), "last", last)
-    assert run.heartbeat("b", lease.token).lost == []
+    assert run.heartbeat("a", lease.token).lost == []
     assert run.snapshot().number("clock") - before == (1000 if last == 0 else 0)
 
 

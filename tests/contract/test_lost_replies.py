@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from buffer.admission import Heartbeat
 from buffer.client import AsyncStream, Stream
 from buffer.errors import RedisUnavailable
-from buffer.ledger import Counts, Leave
+from buffer.ledger import Counts
 from buffer.local_server import LocalServer
+from buffer.members import Heartbeat, Leave
 from tests.contract.harness import Run
 from tests.contract.wire import LossyProxy
 
@@ -62,7 +62,7 @@ def test_no_group_is_lost_or_doubled(run: Run, proxy: LossyProxy) -> None:
 def test_no_step_is_lost_or_doubled(run: Run, proxy: LossyProxy) -> None:
     run.queue("a", 2)
     proxy.lose = 1
-    assert len(run.assign(0).groups()) == 2
+    assert len(run.assign(0).manifest.groups()) == 2
     proxy.lose = 1
     assert run.commit(1, covered=0) == 1
     proxy.lose = 1

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from buffer import client
-from buffer.client import AsyncStream, Stream, connect, shown
+from buffer import connect as connecting
+from buffer.client import AsyncStream, Stream
+from buffer.connect import connect, shown
 from buffer.errors import NoRun, RedisUnavailable, RedisUnsuitable
 from buffer.ledger import Snapshot
 from buffer.local_server import LocalServer, find_program, free_port, url_file
@@ -37,7 +38,7 @@ def test_nobody_listening_says_where(url: str) -> None:
 def test_a_wrong_password_asks_for_one_without_showing_it(redis_server: LocalServer) -> None:
     port = redis_server.url.rpartition(":")[2]
     for url in (f"redis://:hunter2@127.0.0.1:{port}", f"redis://127.0.0.1:{port}"):
-        with pytest.raises(RedisUnsuitable, match="put user:password in the URL") as caught:
+        with pytest.raises(RedisUnsuitable, match="put user:password of a role into the URL") as caught:
             connect(url)
         assert "hunter2" not in str(caught.value)
 
@@ -67,7 +68,7 @@ def test_the_floor_is_enough(info: str) -> None:
 
 @pytest.mark.parametrize("hello", ["HTTP/1.1 400 Bad Request\r\n\r\n", "-ERR unknown command\r\n", ""])
 def test_something_else_on_the_port_is_no_redis(hello: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(client._OPTIONS, "socket_timeout", 0.2)
+    monkeypatch.setitem(connecting._OPTIONS, "socket_timeout", 0.2)
     answers = {"HELLO": hello, "INFO": "-ERR unknown command\r\n"}
     errors = (RedisUnavailable, RedisUnsuitable)
     with answering(answers) as port, pytest.raises(errors, match=f"127.0.0.1:{port}"):

@@ -3,72 +3,95 @@
 `Walk` has a method for each thing that can happen; choices come in as integers and are taken modulo
 what there is to choose from. Hypothesis drives it in `test_machine.py`, scripts and a seeded
 generator (`scripts.py`) in `test_mutants.py`. Time stands still but for `elapse` and `clock_jumps`.
+The learner's calls go through a real `Session`, which also brings an older server forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import pytest
 import redis
 
-from buffer.admission import Assign, Drop, Lease
+from buffer.admission import Admit, Drop, Lease
+from buffer.batches import Assign
 from buffer.client import Stream
-from buffer.errors import Fenced, StreamError
-from buffer.ledger import Applied
+from buffer.errors import Behind, Fenced, StreamError
+from buffer.members import Applied, LearnerBeat
+from buffer.prompts import Requeue
+from buffer.session import Session
 from buffer.stream import Publish
-from tests.contract.harness import Run, digest
-from tests.contract.invariants import check
-from tests.contract.model import HeldLease, Model
+from tests.contract.harness import Run, digest, encoded_prompts
+from tests.contract.model import PAYLOAD, HeldLease, Model, Work
+from tests.contract.reading import read_model
 
 LEASE_MS = 1000
-PAYLOAD = b"payload"
-REASONS = ("released", "engine", "reward", "poison")
+REASONS = ("released", "engine", "reward", "poison", "filtered")
 
 
 class Walk:
     """A run with some actors, beside its model."""
 
-    def __init__(
-        self, stream: Stream, *, batch: int, eta: int, max_steps: int, attempts: int, actors: int
-    ) -> None:
-        settings = {"batch": batch, "eta": eta, "max_steps": max_steps, "attempts_max": attempts}
-        self.run = Run(stream, lease_ms=LEASE_MS, **settings)
-        self.model = Model(**settings, lease_ms=LEASE_MS)
+    def __init__(self, stream: Stream, *, actors: int, **rules: Any) -> None:
+        rules = {"cap": rules["batch"], **rules}
+        self.run = Run(stream, lease_ms=LEASE_MS, **rules)
+        self.model = Model(**rules, lease_ms=LEASE_MS)
         self.names = [f"a{number}" for number in range(actors)]
-        self.run.start(*self.names, prompts=0)
-        self.model.serving = dict.fromkeys(self.names, 0)
-        self.model.clock = self.run.snapshot().number("clock")
+        self.session = Session.join(stream, self.run.rules, nonce="nonce")
+        self.run.epochs["learner"] = self.session.epoch
+        self.session.commit(0, digest(0))
+        for name in self.names:
+            self.run.join_actor(name)
+            self.run.applied(name, 0)
+        self.model = read_model(self.run)
+        self.assigned: set[str] = set()
+        self.saved: dict[bytes, bytes] = {}
+        self.saved_lineage, self.came_back_older = 0, False
+        self._forget_calls()
+
+    def _forget_calls(self) -> None:
         self.published: list[tuple[Publish, str]] = []
         self.over: list[Publish] = []
         """Publish calls of leases that ended without a group."""
-        self.assigned: set[str] = set()
 
     # What the learner does.
 
     def feed(self, count: int) -> None:
-        """Feeds 1 to 8 prompts."""
+        """Feeds 1 to 8 prompts, unless the data has ended."""
         count = count % 8 + 1
-        self.run.feed(self.model.tail, count)
-        self.model.prompts += [(self.model.tail + index, 0) for index in range(count)]
-        self.model.tail += count
+        if self.model.data_end < 0:
+            self.session.feed(self.model.tail, encoded_prompts(self.model.tail, count))
+            self.model.feed(count)
+        with pytest.raises(Behind):
+            self.session.feed(self.model.tail + 1, encoded_prompts(self.model.tail + 1, 1))
+
+    def end_data(self, choice: int) -> None:
+        """One time in four: no prompt will follow."""
+        if choice % 4 == 0 and self.model.data_end < 0:
+            self.session.feed(self.model.tail, (), final=True)
+            self.session.feed(self.model.tail, (), final=True)
+            self.model.data_end = self.model.tail
 
     def assign(self) -> None:
         """Asks for the batch at the head."""
         with self._ticking():
-            answer = self.run.assign(self.model.head)
-        status, rows = self.model.batch_or_wait()
+            answer = self.session.assign(self.model.head)
+            self.model.tick()
+            status, groups = self.model.choose()
         assert (answer.reason or answer.status) == status
         if status != "batch":
             return
-        assert [(row.group, row.version_min) for row in answer.groups()] == sorted(rows)
-        for group, version_min in rows:
+        assert {row.group: row.version_min for row in answer.manifest.rows} == {
+            group: row.version_min for group, row in groups.items()
+        }
+        for group, row in groups.items():
             assert group not in self.assigned, "a group in two manifests"
-            assert self.model.head - version_min <= self.model.eta, "staleness above eta"
+            assert self.model.head - row.version_min <= self.model.eta, "staleness above eta"
             self.assigned.add(group)
-        self.model.assign(rows)
+        self.model.assign(groups)
 
     def assign_again(self, choice: int) -> None:
         """Asks for a batch below the head: the stored manifest, or a refusal once it is covered."""
@@ -76,27 +99,116 @@ class Walk:
             step = choice % self.model.head
             if step <= self.model.covered:
                 with pytest.raises(StreamError, match="covered"):
-                    self.run.assign(step)
+                    self.session.assign(step)
             else:
-                rows = [(row.group, row.version_min) for row in self.run.assign(step).groups()]
-                assert rows == sorted(self.model.manifests[step])
+                groups = {row.group for row in self.session.assign(step).manifest.groups()}
+                assert groups == set(self.model.assigned(step))
+
+    def strike(self, choice: int) -> None:
+        """A group of the newest assigned step, or a queued one, cannot be read; a trained one stays."""
+        step, model = self.model.head - 1, self.model
+        groups = sorted(model.assigned(step))
+        if groups and choice % 2:
+            group = groups[choice % len(groups)]
+            if step < model.version:
+                with pytest.raises(StreamError, match="was trained in step"):
+                    self.session.strike(step, group, "poison", b"bad")
+                return
+            for _ in range(2):
+                assert self.session.strike(step, group, "poison", b"bad").status == "struck"
+            model.strike(step, group, "poison")
+        elif model.ready:
+            group = sorted(model.ready)[choice % len(model.ready)]
+            assert self.session.strike(-1, group, "poison", b"bad").status == model.strike_queued(group)
+        else:
+            assert self.session.strike(-1, "0000-0000000000-99", "poison").status == "gone"
 
     def commit(self, lag: int) -> None:
         """Commits the next version if its step was assigned; keeps the payloads of 0 to 2 steps."""
-        if self.model.version < self.model.head:
-            covered = self.model.version - lag % 3
-            self.run.commit(self.model.version + 1, covered)
-            self.model.commit(covered)
-        else:
-            with pytest.raises(StreamError, match="never assigned"):
-                self.run.commit(self.model.version + 1)
+        model = self.model
+        if model.version < model.head:
+            covered, version = model.version - lag % 3, model.version + 1
+            value = f"{digest(version)}-{model.lineage}"
+            for _ in range(2):
+                assert self.session.commit(version, value, covered=covered).digest == value
+            assert self.session.commit(version, "a twin's", covered=covered).digest == value
+            model.commit(value, covered)
+
+    def checkpoint(self, choice: int) -> None:
+        """A checkpoint of a recent version becomes the latest; one or two are kept."""
+        model = self.model
+        version = max(0, model.version - choice % 2)
+        oldest = max(0, version - choice // 2 % 2)
+        with pytest.raises(StreamError, match="committed is"):
+            self.session.checkpoint(version, "other", oldest)
+        self.session.checkpoint(version, model.versions[version], oldest)
+        model.checkpoint = max(model.checkpoint, version)
+        model.cover(oldest - 1)
+
+    def fork(self, choice: int) -> None:
+        """A new lineage from one of the last three versions; the old lineage cannot be left twice."""
+        at = max(0, self.model.version - choice % 3)
+        self.session.fork(at, "test", self.run.rules)
+        self.model.fork(at)
+        self._forget_calls()
 
     def learner_restarts(self) -> None:
-        """A new learner joins; the old one is fenced out of the batches."""
-        old = self.run.epochs["learner"]
-        self.run.join_learner()
+        """A learner crashes and is restored; its zombie is fenced out of everything."""
+        old, memory = self.session, self.session.memory()
+        self.session = Session.join(self.run.stream, self.run.rules, memory=memory)
+        for call in (Assign(old.epoch, self.model.head), LearnerBeat(old.epoch)):
+            with pytest.raises(Fenced) as caught:
+                self.run.stream.call(call)
+            assert not caught.value.came_back_older
         with pytest.raises(Fenced):
-            self.run.stream.call(Assign(old, self.model.head))
+            old.reconcile()
+
+    # What the server does.
+
+    def save(self) -> None:
+        """The server writes its file."""
+        redis = self.run.stream.redis
+        names = list(redis.scan_iter(match=f"{{{self.run.stream.run}}}:*", count=1000))
+        self.saved = {name: redis.dump(name) for name in names}
+        self.saved_lineage = self.model.lineage
+
+    def roll_back(self) -> None:
+        """The server comes back as of its file, and is brought forward; actors join again if they must."""
+        if not self.saved or self.saved_lineage != self.model.lineage:
+            return
+        redis, before = self.run.stream.redis, self.model
+        for name in redis.scan_iter(match=f"{{{self.run.stream.run}}}:*", count=1000):
+            redis.delete(name)
+        for name, value in self.saved.items():
+            redis.restore(name, 0, value)
+        self.run.stop_clock()
+        self.session.reconcile()
+        for name in self.names:
+            self._beat_or_join(name)
+        self.came_back_older = True
+        after = self.model = self._read()
+        assert (after.lineage, after.head, after.version) == (before.lineage, before.head, before.version)
+        assert after.trained == before.trained, "trained less, or more"
+        self._nothing_assigned_comes_again(after)
+        self._forget_calls()
+        self.saved = {}
+
+    def _beat_or_join(self, name: str) -> None:
+        try:
+            self.run.heartbeat(name)
+        except Fenced as error:
+            if not error.came_back_older:
+                raise
+            self.run.join_actor(name)
+
+    def _nothing_assigned_comes_again(self, after: Model) -> None:
+        known = self.session.known.manifests
+        assigned = {row.group for manifest in known.values() for row in manifest.rows}
+        outstanding = {lease.group for lease in after.leases.values()} | set(after.ready)
+        assert not assigned & outstanding
+        last = {row.group: row for manifest in known.values() for row in manifest.groups()}
+        trained = {(int(group[:4]), int(group[5:15])) for group in last}
+        assert not {(after.lineage, position) for position, _, _ in after.prompts} & trained
 
     # What the actors do.
 
@@ -106,18 +218,23 @@ class Walk:
         call = self.run.next_admit(actor)
         with self._ticking():
             lease = self.run.stream.call(call)
-        reason = self.model.refusal(actor)
+            self.model.tick()
+            reason, probe = self.model.refusal(actor)
         assert (lease.reason or None) == reason
         if reason is None:
-            self._same_lease(lease, actor)
-        if repeat % 2 and reason is None:
+            self._same_lease(lease, actor, probe)
+        if repeat % 2:
             assert self.run.stream.call(call) == lease
+        if call.request > 1:
+            overtaken = Admit(actor, call.epoch, call.request - 1, "late")
+            with pytest.raises(StreamError, match="was answered already"):
+                self.run.stream.call(overtaken)
 
     def publish(self, choice: int, newer: int = 0) -> None:
         """A lease's group comes in, written by its version or, in part, by newer ones."""
         if lease := self._lease(choice):
             version_min = lease.version + newer % (self.model.version - lease.version + 1)
-            call = self._publish_call(lease.token, *range(version_min, self.model.version + 1))
+            call = self._publish_call(lease, *range(version_min, self.model.version + 1))
             answer = self.run.stream.publish(call, PAYLOAD)
             assert answer.status == "ok"
             self.model.queue(lease.token, version_min)
@@ -129,13 +246,9 @@ class Walk:
             call, entry = self.published[choice % len(self.published)]
             call = msgspec.structs.replace(call, epoch=self.run.epochs[call.actor])
             answer = self.run.stream.publish(call, PAYLOAD)
-            kept = [
-                row
-                for step, rows in self.model.manifests.items()
-                if step > self.model.covered
-                for row in rows
-            ]
-            if call.group in self.model.ready or call.group in dict(kept):
+            kept = set(self.model.ready)
+            kept.update(*(self.model.assigned(step) for step in self.model.manifests))
+            if call.group in kept:
                 assert (answer.status, answer.entry) == ("ok", entry)
             else:
                 assert (answer.status, answer.reason) == ("late", "unknown")
@@ -153,7 +266,7 @@ class Walk:
     def publish_unsound(self, choice: int, fault: int) -> None:
         """A group comes in with an uncommitted digest, no version, an older one, or as another group."""
         if lease := self._lease(choice):
-            call = self._publish_call(lease.token, lease.version)
+            call = self._publish_call(lease, lease.version)
             changes: dict[str, object] = {"versions": (f"{lease.version}:other",)}
             older = max(0, lease.version - 1)
             if fault % 5 == 1:
@@ -161,72 +274,87 @@ class Walk:
             elif fault % 5 == 2:
                 changes = {"group": lease.group[:-2] + "77"}
             elif fault % 5 == 3 and lease.version:
-                changes = {"version_min": older, "versions": (f"{older}:{digest(older)}",)}
+                changes = {"version_min": older, "versions": (f"{older}:{self.model.versions[older]}",)}
             elif fault % 5 == 4 and lease.version:
-                changes = {"versions": (*call.versions, f"{older}:{digest(older)}")}
+                changes = {"versions": (*call.versions, f"{older}:{self.model.versions[older]}")}
             answer = self.run.stream.publish(msgspec.structs.replace(call, **changes), PAYLOAD)
             assert (answer.status, answer.reason) == ("refused", "engine")
             self.over.append(call)
             self.model.close(lease.token, "engine")
 
     def drop(self, choice: int, reason: int) -> None:
-        """A lease is handed back, then once more."""
+        """A lease is handed back, then once more; another actor may not."""
         if lease := self._lease(choice):
-            self.over.append(self._publish_call(lease.token, lease.version))
-            call = Drop(lease.actor, self.run.epochs[lease.actor], lease.token, REASONS[reason % 4])
+            name = REASONS[reason % (4 + self.model.dynamic)]
+            call = Drop(lease.actor, self.run.epochs[lease.actor], lease.token, name)
+            other = next(actor for actor in self.names if actor != lease.actor)
+            not_mine = Drop(other, self.run.epochs[other], lease.token, name)
+            assert not self.run.stream.call(not_mine).dropped
+            self.over.append(self._publish_call(lease, lease.version))
             assert self.run.stream.call(call).dropped
             assert not self.run.stream.call(call).dropped
-            self.model.close(lease.token, call.reason)
+            self.model.close(lease.token, name)
 
     def heartbeat(self, choice: int, mask: int) -> None:
-        """An actor beats for some of all leases; the others go on ageing."""
+        """An actor beats for some of all leases, of which it renews its own; the others go on ageing."""
         actor = self._actor(choice)
         listed = [token for index, token in enumerate(sorted(self.model.leases)) if mask >> index & 1]
         with self._ticking():
             beat = self.run.heartbeat(actor, *listed, "1:unknown")
-        assert beat.lost == [token for token in listed if token not in self.model.leases] + ["1:unknown"]
+            self.model.tick()
+        held = [token for token in listed if token in self.model.leases]
+        mine = [token for token in held if self.model.leases[token].actor == actor]
+        assert beat.lost == [token for token in listed if token not in mine] + ["1:unknown"]
         assert (beat.head, beat.version) == (self.model.head, self.model.version)
         assert beat.over == (self.model.head >= self.model.max_steps)
-        for token in listed:
-            if token in self.model.leases:
-                self.model.expiry[token] = self.model.clock + LEASE_MS
+        self.model.beats[actor] = self.model.clock
+        for token in mine:
+            self.model.renew(token)
 
     def applied(self, choice: int, back: int) -> None:
         """An actor serves the newest version or one of the two before it; a wrong digest is refused."""
-        actor = self._actor(choice)
-        version = max(0, self.model.version - back % 3)
+        actor, model = self._actor(choice), self.model
+        version = max(0, model.version - back % 3)
         with pytest.raises(StreamError, match="digest"):
             self.run.stream.call(Applied(actor, self.run.epochs[actor], version, "other"))
-        self.run.applied(actor, version)
-        self.model.serving[actor] = version
+        call = Applied(actor, self.run.epochs[actor], version, model.versions[version])
+        model.serving[actor] = max(version, model.serving[actor])
+        assert self.run.stream.call(call).version == model.serving[actor]
 
     def actor_restarts(self, choice: int, leaves: int) -> None:
         """An actor dies, or for an odd `leaves` leaves, and joins again; its old epoch is fenced."""
-        actor = self._actor(choice)
-        held = [lease.token for lease in self.model.leases.values() if lease.actor == actor]
+        actor, model = self._actor(choice), self.model
+        old, held = self.run.epochs[actor], [x for x in model.leases.values() if x.actor == actor]
+        self.over += [self._publish_call(lease, lease.version) for lease in held]
         if leaves % 2:
-            calls = {token: self._publish_call(token, 0) for token in held}
-            waiting = len(self.model.prompts)
             assert self.run.leave(actor) == len(held)
-            for token in held:
-                self.over.append(calls[token])
-                self.model.close(token, "released")
-            # They come back in the order of a hash, so take the server's, once it is a permutation.
-            prompts = [
-                tuple(map(int, row.split())) for row in self._redis().lrange(self._key("prompts"), 0, -1)
-            ]
-            back = len(self.model.prompts) - waiting
-            assert sorted(prompts[:back]) == sorted(self.model.prompts[:back])
-            assert prompts[back:] == self.model.prompts[back:]
-            self.model.prompts = prompts
-        old = self.run.epochs[actor]
         self.run.join_actor(actor)
-        self.model.serving[actor] = -1
-        with pytest.raises(Fenced):
+        self.run.requests[actor] = 0
+        for lease in sorted(held, key=lambda lease: -lease.number):
+            model.close(lease.token, "released")
+        model.serving[actor], model.beats[actor], model.work[actor] = -1, model.clock, Work()
+        with pytest.raises(Fenced) as caught:
             self.run.stream.call(Applied(actor, old, 0, digest(0)))
-        late = self.run.stream.publish(Publish(actor, old, "1:any", "group", 0, ("0:" + digest(0),)), PAYLOAD)
-        assert (late.status, late.reason) == ("late", "fenced")
-        self.model.refused["fenced"] += 1
+        assert not caught.value.came_back_older
+        late = Publish("group", "", actor, old, "1:any", 7, 0, ("0:" + digest(0),))
+        answer = self.run.stream.publish(late, PAYLOAD)
+        assert (answer.status, answer.reason) == ("late", "fenced")
+        model.refused["fenced"] += 1
+
+    def requeue(self, choice: int) -> None:
+        """The prompt of a dead letter is put back, once; letters of returned prompts hold none."""
+        letters: Any = self.run.stream.redis.xrange(self._key("dead"))
+        if letters:
+            entry, letter = letters[choice % len(letters)]
+            if not letter[b"prompt"]:
+                with pytest.raises(StreamError, match="holds no prompt"):
+                    self.run.stream.call(Requeue(entry.decode()))
+                return
+            attempt = int(letter[b"attempt"]) + 1
+            assert self.run.stream.call(Requeue(entry.decode())).position == int(letter[b"position"])
+            assert self.run.stream.call(Requeue(entry.decode())).position == -1
+            row = (int(letter[b"position"]), attempt, attempt + self.model.attempts_max)
+            self.model.prompts.append(row)
 
     # What time does.
 
@@ -238,16 +366,23 @@ class Walk:
 
     def clock_jumps(self, choice: int) -> None:
         """The server's clock jumps by years: the run's clock advances by one second."""
+        actor = self._actor(choice)
         self._redis().hset(self._key("state"), "last", 0)
         with self._expiring():
-            self.run.heartbeat(self._actor(choice))
+            self.run.heartbeat(actor)
             self.model.tick(1000)
+            self.model.beats[actor] = self.model.clock
 
     def check(self) -> None:
         """What must hold after each of these."""
-        check(self.run, self.model)
+        found, expected = vars(self._read()), vars(self.model)
+        unlike = {name: (found[name], expected[name]) for name in found if found[name] != expected[name]}
+        assert unlike == {}, "server, model"
 
     # How the above is said.
+
+    def _read(self) -> Model:
+        return read_model(self.run, came_back_older=self.came_back_older)
 
     def _redis(self) -> redis.Redis:
         return self.run.stream.redis
@@ -262,35 +397,30 @@ class Walk:
         tokens = sorted(self.model.leases)
         return self.model.leases[tokens[choice % len(tokens)]] if tokens else None
 
-    def _publish_call(self, token: str, *versions: int) -> Publish:
-        lease = self.model.leases[token]
-        table = tuple(f"{version}:{digest(version)}" for version in versions)
-        return Publish(lease.actor, self.run.epochs[lease.actor], token, lease.group, min(versions), table)
+    def _publish_call(self, lease: HeldLease, *versions: int) -> Publish:
+        table = tuple(f"{version}:{self.model.versions.get(version)}" for version in versions)
+        epoch = self.run.epochs[lease.actor]
+        return Publish(lease.group, "", lease.actor, epoch, lease.token, len(PAYLOAD), min(versions), table)
 
-    def _same_lease(self, lease: Lease, actor: str) -> None:
-        granted = self.model.grant(actor, lease.token)
-        assert (lease.group, lease.position, lease.attempt) == (
-            granted.group,
-            granted.position,
-            granted.attempt,
-        )
-        assert (lease.version, lease.deadline) == (granted.version, granted.deadline)
+    def _same_lease(self, lease: Lease, actor: str, probe: bool) -> None:
+        granted = self.model.grant(actor, lease.token, probe)
+        same = ("group", "position", "attempt", "version", "deadline")
+        assert [getattr(lease, name) for name in same] == [getattr(granted, name) for name in same]
         assert lease.prompt is not None
         assert lease.prompt.row == granted.position
 
     @contextmanager
     def _ticking(self) -> Iterator[None]:
-        """Around a call that expires leases: its time stands still, and the model expires the same."""
+        """Around a call that expires leases, and the model's same: its time stands still."""
         self.run.stop_clock()
         with self._expiring():
             yield
-            self.model.tick()
 
     @contextmanager
     def _expiring(self) -> Iterator[None]:
         calls = {
-            token: self._publish_call(token, lease.version) for token, lease in self.model.leases.items()
+            lease.token: self._publish_call(lease, lease.version) for lease in self.model.leases.values()
         }
+        granted = set(self.model.leases)
         yield
-        for token in calls.keys() - self.model.leases.keys():
-            self.over.append(calls[token])
+        self.over += [calls[token] for token in granted - self.model.leases.keys()]

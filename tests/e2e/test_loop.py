@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from buffer.codec import encode
+from buffer.record import RecordFolder
 from tests.e2e.commands import (
     finish,
     launch,
@@ -32,16 +36,16 @@ SMALL = [
 ]
 
 Finished = tuple[Path, dict[str, Any], dict[str, Any]]
-"""A run's folder, its summary, and a status read while it trained."""
+"""A run's folder, its summary, and its status and verification read while it trained."""
 
 
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Finished:
-    """A finished small demo: its folder, its summary, and a status read while it trained."""
+    """A finished small demo, recorded."""
     folder = tmp_path_factory.mktemp("demo")
-    process = launch(folder, "demo", "--json", *SMALL)
+    process = launch(folder, "demo", "--json", "--record", *SMALL)
     status: dict[str, Any] = {}
 
     def training() -> bool:
@@ -50,6 +54,7 @@ def finished(
         answer = finish(folder, "status", "--json")
         if answer.returncode == 0:
             status.update(json.loads(answer.stdout))
+            status["verify"] = finish(folder, "verify", "--json")
         return status.get("phase") == "training"
 
     wait_until(training, 240, "training")
@@ -86,6 +91,29 @@ def test_status_shows_the_run_from_redis_alone(finished: Finished) -> None:
     assert (status["run"], status["max_steps"], status["max_staleness"]) == ("demo", 6, 2)
     assert status["conserved"]
     assert {actor["name"] for actor in status["actors"]} == {"actor-0", "actor-1"}
+
+
+def test_verify_proves_the_run_while_it_goes_on(finished: Finished) -> None:
+    done = finished[2]["verify"]
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["holds"], found["violations"]) == (0, True, [])
+
+
+def test_a_recorded_run_replays_to_the_same_weights_on_any_folder(finished: Finished, tmp_path: Path) -> None:
+    record = shutil.copytree(finished[0] / "runs/demo/record", tmp_path / "record")
+    done = finish(tmp_path, "replay", "record", "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, found["steps"], found["identical"], found["unlike"]) == (0, 6, True, {})
+    # One reward of step 2 is another: version 3 is the first to differ.
+    folder = RecordFolder(record)
+    step = list(folder.steps())[2]
+    group = step.groups()[0]
+    group.samples[0].reward += 1.0
+    folder.add(msgspec.structs.replace(step, payloads={**step.payloads, group.id: encode(group)}))
+    done = finish(tmp_path, "replay", "record", "--json", "--steps", "4")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, found["identical"], found["steps"]) == (1, False, 3)
+    assert found["differs"].startswith("version 3: got ")
 
 
 def test_the_run_folder_holds_what_the_readme_promises(

@@ -13,10 +13,11 @@ import torch
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.weights import WeightWorker
-from buffer.admission import Heartbeat, JoinActor
 from buffer.client import AsyncStream, Stream
-from buffer.ledger import Commit, Snapshot
+from buffer.ledger import Snapshot
 from buffer.local_server import LocalServer
+from buffer.members import Heartbeat, JoinActor
+from buffer.versions import Commit
 from launch.tiny_model import make_tiny_qwen3
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.step import Trainer
@@ -61,7 +62,7 @@ async def push(
     learner.load_library()
     run = Run(learner)
     run.join_learner()
-    learner.call(Commit(run.epochs["learner"], 0, manifest.digest, -1))
+    learner.call(Commit(run.epochs["learner"], 0, manifest.digest))
     joined = await actor.call(JoinActor(secrets.token_hex(16), "a", "host"))
     await actor.call(Heartbeat("a", joined.epoch, "running", "{}", ()))
     served: asyncio.Queue[int] = asyncio.Queue()

@@ -87,7 +87,7 @@ def fork_copy() -> bool:
 
 def forge() -> None:
     """Answers for itself, and a call that nobody made."""
-    for number in range(3, 20):
+    for number in range(3, 512):
         try:
             os.write(number, b'[7,"","",1.0,false,1]\n')
         except OSError:
@@ -135,7 +135,7 @@ def leave_children_and_crash(folder: str) -> None:
 
 def garble() -> str:
     """Writes to every descriptor, the one that answers among them."""
-    for number in range(3, 20):
+    for number in range(3, 512):
         try:
             os.write(number, b"garbage\n")
         except OSError:

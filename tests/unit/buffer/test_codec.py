@@ -13,14 +13,15 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.codec import SIZE_LIMIT, decode, encode
+from buffer.codec import decode, encode
 from buffer.errors import RecordError
+from buffer.frame import SIZE_LIMIT, pack, unpack
 from buffer.schema import Group
 from tests.contract.harness import make_group
-from tests.unit.buffer.strategies import assert_same, forged, frame_of, groups
+from tests.unit.buffer.strategies import assert_same, forged, frame_of, groups, indexed
 
 HEADER = 20
-"""Bytes before the zstd frame."""
+"""Bytes before the index of the parts."""
 
 
 @given(groups())
@@ -36,8 +37,21 @@ def test_groups_without_any_answer_survive() -> None:
     assert_same(decode(encode(group)), group)
 
 
-def test_the_zstd_frame_has_a_checksum_of_its_own() -> None:
-    assert zstandard.get_frame_parameters(encode(make_group())[HEADER:]).has_checksum
+def test_a_compressed_part_has_a_checksum_of_its_own() -> None:
+    frame = pack([bytes(1000)])
+    assert zstandard.get_frame_parameters(frame[HEADER + 8 :]).has_checksum
+
+
+@given(st.lists(st.one_of(st.binary(max_size=50), st.integers(0, 9000).map(bytes)), max_size=5))
+def test_parts_survive_compressed_or_not(parts: list[bytes]) -> None:
+    assert [bytes(part) for part in unpack(pack(parts), len(parts))] == parts
+
+
+def test_only_what_shrinks_is_compressed() -> None:
+    noise = np.random.default_rng(0).bytes(20_000)
+    assert len(pack([noise])) == HEADER + 8 + len(noise)
+    assert len(pack([noise + bytes(20_000)])) < HEADER + 8 + 20_100
+    assert len(pack([bytes(20_000)])) < 100
 
 
 def test_decoded_arrays_are_read_only_and_any_view_encodes() -> None:
@@ -78,12 +92,16 @@ def test_noise_is_refused(noise: bytes) -> None:
             decode(frame)
 
 
-def test_noise_behind_the_zstd_frame_is_refused_though_the_checksum_holds() -> None:
+def test_noise_behind_the_parts_is_refused_though_the_checksum_holds() -> None:
     frame = encode(make_group())
     (size,) = struct.unpack_from("<I", frame, 8)
     for extra in (b"\0", frame[HEADER:]):
-        with pytest.raises(RecordError):
+        with pytest.raises(RecordError, match="parts: got"):
             decode(frame_of(frame[HEADER:] + extra, size))
+    zeros = zstandard.compress(bytes(1000))
+    for stored in (zeros + b"\0", zeros + zeros, zeros[:-1], b"\0" * 50):
+        with pytest.raises(RecordError, match=r"zstd|size"):
+            decode(frame_of(indexed((1000, stored)), 1000))
 
 
 def test_a_wrong_magic_is_shown() -> None:
@@ -94,7 +112,7 @@ def test_a_wrong_magic_is_shown() -> None:
 def test_another_schema_version_names_both() -> None:
     body = encode(make_group())[HEADER:]
     with pytest.raises(
-        RecordError, match=r"got schema version 7 .*, this release reads 1; run actors and learner"
+        RecordError, match=r"got schema version 7 .*, this release reads 2; run actors and learner"
     ):
         decode(frame_of(body, 100, version=7))
     with pytest.raises(RecordError, match="flags 1"):
@@ -113,18 +131,24 @@ class Bomb:
 def _bombs() -> dict[str, Bomb]:
     huge = zstandard.ZstdCompressor().compress(bytes(64 << 20))
     declared = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1 << 40) + b"\x01\x00\x00"
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 99)
     return {
         "header over the limit": Bomb(
             frame_of(b"x", 512 << 20), "declares 536870912 bytes, the limit is 268435456"
         ),
-        "zstd over the header": Bomb(frame_of(huge, 100), "zstd declares 67108864 bytes, the header 100"),
-        "zstd of a terabyte": Bomb(frame_of(declared, 100), "zstd declares 1099511627776 bytes"),
-        "over the reader's limit": Bomb(frame_of(huge, 64 << 20), "the limit is 1048576", limit=1 << 20),
-        "without a checksum": Bomb(frame_of(huge, 64 << 20)[:-1], "checksum"),
-        "zstd of unknown size": Bomb(
-            frame_of(zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 99), 99),
-            "zstd declares",
+        "index over the header": Bomb(frame_of(indexed((64 << 20, huge)), 100), "parts: got 67108864 bytes"),
+        "zstd over the index": Bomb(
+            frame_of(indexed((9999, huge)), 9999), "zstd declares 67108864 bytes, the index 9999"
         ),
+        "zstd of a terabyte": Bomb(
+            frame_of(indexed((9999, declared)), 9999), "zstd declares 1099511627776 bytes"
+        ),
+        "over the reader's limit": Bomb(
+            frame_of(indexed((64 << 20, huge)), 64 << 20), "the limit is 1048576", limit=1 << 20
+        ),
+        "without a checksum": Bomb(frame_of(indexed((64 << 20, huge)), 64 << 20)[:-1], "checksum"),
+        "zstd of unknown size": Bomb(frame_of(indexed((99, unsized)), 99), "zstd declares"),
+        "stored over its size": Bomb(frame_of(indexed((5, b"123456")), 5), "zstd|size"),
     }
 
 
@@ -145,12 +169,11 @@ def test_a_group_over_the_limit_is_not_encoded() -> None:
     assert (caught.value.field, caught.value.group) == ("size", "0000-0000000009-00")
 
 
-def test_counts_that_do_not_add_up_are_refused() -> None:
-    raw = struct.pack("<III", 4, 2**32 - 1, 2**32 - 1) + b"meta"
-    with pytest.raises(RecordError, match="planes: got 16 bytes, expected 34359738376"):
-        decode(frame_of(zstandard.compress(raw), len(raw)))
-    with pytest.raises(RecordError, match="expected the counts"):
-        decode(frame_of(zstandard.compress(b"short"), 5))
+def test_planes_of_unequal_length_are_refused() -> None:
+    with pytest.raises(RecordError, match=r"planes: got \[4, 4, 4, 3\] bytes of int32"):
+        decode(frame_of(indexed((1, b"m"), (4, b"1234"), (4, b"1234"), (4, b"1234"), (3, b"123")), 16))
+    with pytest.raises(RecordError, match="got 5 bytes, expected the sizes of 9"):
+        decode(frame_of(b"short", 5))
 
 
 def _meta(group: Group, *path: object, value: object) -> bytes:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 
 import pytest
 
+from buffer.client import library_source
 from buffer.keys import KEYS, RUNS, key
 
 
-def _library() -> str:
-    return files("buffer").joinpath("functions.lua").read_text()
-
-
 def test_the_header_of_the_library_lists_the_table() -> None:
-    header, _, _ = _library().partition("local EXPIRE_MAX")
+    header, _, _ = library_source().partition("local function")
     listed: set[str] = set()
     for names in re.findall(
         r"^-- (?:\{run\}:)?([a-z_:<>, ]+?)  +(?:set|string|hash|zset|list|stream)[ ,]", header, re.M
@@ -25,7 +21,7 @@ def test_the_header_of_the_library_lists_the_table() -> None:
 
 
 def test_every_key_the_library_touches_is_in_the_table() -> None:
-    touched = set(re.findall(r"\bK\.([a-z_]+)", _library()))
+    touched = set(re.findall(r"\b(?:K|C\.key)\.([a-z_]+)", library_source()))
     assert touched <= {row.name for row in KEYS}
     functions = {row.name for row in KEYS if row.owner == "functions"}
     assert functions <= touched, "the table says that the functions write these"

@@ -12,15 +12,21 @@ from launch.cli import build_parser, main
 
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
-    "demo": [*RUN, "--data", "--name", "--seed", "--actors"],
+    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--record"],
     "learner": [*RUN, "--redis"],
     "actors": ["--count", "--run", "--redis"],
-    "redis": ["--port", "--folder"],
+    "redis": ["--port", "--folder", "--users"],
+    "redis-users": ["--run", "--redis"],
+    "doctor": ["--run", "--json", "--redis"],
     "sft": [*RUN, "--out"],
     "data": ["--out", "--seed"],
     "model": ["--out", "--seed"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
+    "verify": ["--run", "--redis", "--json"],
+    "inspect": ["--run", "--redis", "--json", "--dead", "--out", "--requeue"],
+    "record": ["--run", "--redis", "--out", "--weights"],
+    "replay": ["--steps", "--weights", "--json"],
 }
 
 
@@ -48,6 +54,8 @@ def test_the_options_are_these() -> None:
     [
         (["status", "--redis", "redis://127.0.0.1:1"], "no Redis at redis://127.0.0.1:1"),
         (["status", "--redis", "http://x"], "expected redis://"),
+        (["doctor", "--redis", "redis://127.0.0.1:1"], "no Redis at redis://127.0.0.1:1"),
+        (["redis-users", "--redis", "redis://127.0.0.1:1"], "no Redis at redis://127.0.0.1:1"),
         (["stop", "--redis", "redis://:secret@127.0.0.1:1"], "no Redis at redis://:***@127.0.0.1:1"),
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),

@@ -1,0 +1,89 @@
+"""What is trained: manifests, and the strikes against records that cannot be read."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+from buffer.client import Call
+
+
+class Assignment(msgspec.Struct, array_like=True, frozen=True, order=True):
+    """A row of a manifest."""
+
+    group: str
+    entry: str
+    """Entry id of the payload in the replay stream, with shards `<shard>/<id>`."""
+    version_min: int
+    size: int
+    """Bytes of the payload."""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The groups of a step: a write-ahead log, from which a restored learner trains the same again."""
+
+    rows: list[Assignment]
+    strikes: dict[str, str] = {}
+    """Group that the step trains without -> why: `poison` (cannot be read) or `lost` (payload gone)."""
+
+    def groups(self) -> list[Assignment]:
+        """The rows that are trained, in canonical order (by group id)."""
+        return sorted(row for row in self.rows if row.group not in self.strikes)
+
+    def share(self, rank: int, ranks: int) -> list[Assignment]:
+        """The rows that one of `ranks` data-parallel readers fetches; every row belongs to one of them.
+
+        >>> rows = [Assignment(f"g{i}", "", 0, 0) for i in (2, 0, 1)]
+        >>> [[row.group for row in Manifest(rows).share(rank, 2)] for rank in (0, 1)]
+        [['g0', 'g2'], ['g1']]
+        """
+        return self.groups()[rank::ranks]
+
+
+class Assigned(msgspec.Struct, array_like=True, frozen=True):
+    """Answer of `Assign`."""
+
+    status: str
+    """`batch`, `wait` or `end`."""
+    reason: str
+    """Why to wait: `few` (fewer than B are ready), `memory` (and none can be admitted before payloads are
+    covered), `unsafe` (an earlier deadline is still leased), `uncovered` (a checkpoint is due first)."""
+    raw: str
+    """JSON of the `Manifest`, for a batch."""
+    ready: int
+    """Groups still queued after this call."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of a batch."""
+        return msgspec.json.decode(self.raw, type=Manifest)
+
+
+class Assign(Call[Assigned], frozen=True):
+    """The batch of a step: at the head the earliest-deadline one, below it the stored manifest."""
+
+    function: ClassVar[str] = "assign"
+    epoch: str
+    step: int
+
+
+class Struck(msgspec.Struct, array_like=True, frozen=True):
+    """Answer of `Strike`."""
+
+    status: str
+    """`struck` (also for a repeat), `counted` (a queued group is dropped at the third), or `gone`."""
+
+
+class Strike(Call[Struck], frozen=True):
+    """The record of a group cannot be read: its step trains without it, and its prompt returns."""
+
+    function: ClassVar[str] = "strike"
+    epoch: str
+    step: int
+    """The step it is assigned to, -1 for a group that is still queued."""
+    group: str
+    reason: str
+    """`poison` or `lost`."""
+    payload: bytes = b""
+    """What was read, for the dead letter."""

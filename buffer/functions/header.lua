@@ -1,0 +1,50 @@
+-- The replay stream's control plane. Every function is atomic, checks everything before it writes, and
+-- may be called again with the same arguments: a repeat returns the first answer. None blocks.
+-- The rules and why they hold: docs/staleness.md. The library is these files in the order that
+-- `buffer/client.py` names; the callers are the structs of admission.py, stream.py, ledger.py, recovery.py.
+--
+-- KEYS[1] is `{run}`, the run's name in braces: all control keys of a run share one cluster slot.
+--
+-- runs                  set     names of the runs on this server; written by the learner
+-- {run}:state           hash    settings (batch eta max_steps group_size lease_ms attempts_max policy cap lease_max_ms
+--                               uncovered_max bytes_limit dynamic schema shards) and state: nonce lineage head version
+--                               tail data_end clock last ended lease_number, checkpoint, wanted covered (steps that no
+--                               restore asks for: asked, done), bytes_held bytes_peak (payloads), published p99_ms
+--                               step_ms fleet_ms live unsafe_since unsafe_ms assigned_at (pace), probes, dead_bytes,
+--                               journal (writes of a call that broke off, finished by the next one)
+-- {run}:step            string  the newest committed version, for readers
+-- {run}:counts          hash    the ledger: admitted leased queued assigned trained dropped:<reason>, and beside it
+--                               refused:<reason>, dead:<reason>, rollbacks
+-- {run}:outstanding     hash    deadline -> groups leased or queued
+-- {run}:leases          zset    lease token, scored by expiry on the run's clock (ms)
+-- {run}:leased          hash    lease token -> {group position attempt limit actor epoch version deadline born probe
+--                               suspect} (JSON)
+-- {run}:ready           zset    group id, scored by deadline
+-- {run}:groups          hash    group id of a queued or assigned group -> {entry token position attempt limit deadline
+--                               version_min bytes strikes} (JSON)
+-- {run}:manifests       hash    step -> {rows: [[group, entry, version_min, bytes]...], strikes: {group: reason}} (JSON)
+-- {run}:prompts         list    "position attempt limit" of each queued prompt; leases pop the head
+-- {run}:prompt          hash    position -> prompt record, from feed until its group is covered or retired
+-- {run}:skip            hash    position assigned before Redis came back older -> the attempt that feeding it queues, -1: none
+-- {run}:versions        hash    version -> digest of every committed version of this lineage
+-- {run}:forks           list    {lineage at head version reason} of every fork (JSON)
+-- {run}:staleness       hash    staleness in steps -> trained groups
+-- {run}:actors          hash    actor -> {epoch version state beat host stats} (JSON)
+-- {run}:work            hash    actor -> {request reply held times probe} : its last admit, for a repeat; its leases
+--                               with their births; its last group times (msgpack)
+-- {run}:times           list    the last 512 group times, ms
+-- {run}:epochs          hash    `learner`, `actor:<name>`, `recorder:<name>` -> "number:random", the epoch that may write
+-- {run}:joins           hash    role and random bits of every join -> its epoch, for a repeat
+-- {run}:holds           hash    recorder -> {epoch step beat}: payloads after `step` stay for it (JSON)
+-- {run}:places          list    one token for each freed place, capped; actors block on it
+-- {run}:bell            list    at most one token: a batch may be ready; the learner blocks on it
+-- {run}:trash           list    entries to delete from the payload shards, which no function can reach
+-- {run}:dead            stream  dead letters: group position attempt reason prompt payload
+-- {run}:progress        hash    the learner's figures of the newest step, for readers; written by the learner alone
+-- {run}:config, files   string, hash  configuration and model files for actors; written by the learner alone
+-- {run}:environment     string  what the learner runs on (JSON); written by it alone
+-- {run}:mail:<actor>, scores:<actor>  list  requests of the learner to an actor, and its answers (JSON)
+-- {run}:actor_numbers   string  actor names given out; written by `launch actors`
+-- {run}:stop            string  set by `launch stop`: no more leases, the learner ends after its step
+-- {run}:stream          stream  payloads, one entry a group, written by the caller of `publish`;
+--                               with shards {run/<s>}:stream, s from 0

@@ -1,0 +1,57 @@
+"""Servers and trials for fault tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.server import Server
+from tests.faults.spawner import Spawner
+from tests.faults.trial import Trial
+
+
+@pytest.fixture(scope="session")
+def spawner() -> Iterator[Spawner]:
+    """What starts the scripted processes."""
+    with Spawner(Path(__file__).parents[2]) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that no test hurts."""
+    with Server(tmp_path_factory.mktemp("shared-redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def trial(
+    shared_server: Server, spawner: Spawner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Trial]]:
+    """Makes trials, on the shared server unless another is given; their processes end with the test."""
+    with ExitStack() as open_trials:
+
+        def make(server: Server | None = None, **settings: Any) -> Trial:
+            folder = tmp_path_factory.mktemp("trial")
+            made = Trial(server or shared_server, spawner, folder, **settings)
+            open_trials.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Makes servers for this test alone."""
+    with ExitStack() as servers:
+        made: list[Server] = []
+
+        def make(**settings: Any) -> Server:
+            made.append(servers.enter_context(Server(tmp_path / f"redis-{len(made)}", **settings)))
+            return made[-1]
+
+        yield make
