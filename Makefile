@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo       set up, then train the demo                         (about 3 minutes after set-up)
 #   make test       set up, then all checks and tests
-#   make accept     the demo on three seeds and its control, timed      (about 10 minutes)
+#   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make nightly    the replay stream's state machine, at length
 #   make bench      the benchmarks of the replay stream                 (about 10 minutes on an idle machine)
@@ -48,7 +48,7 @@ nightly: $(READY)
 	$(VENV)/bin/python -m pytest --hypothesis-profile thorough tests/contract/test_machine.py $(ARGS)
 
 accept: $(READY)
-	$(VENV)/bin/python -m pytest -m accept tests/e2e $(ARGS)
+	$(VENV)/bin/python -m pytest -m accept tests/e2e tests/unit/actors $(ARGS)
 
 $(VENV)/bench/.ready: requirements/bench.txt $(READY)
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/bench -r requirements/bench.txt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -67,11 +67,51 @@ class SamplingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, f
                 )
 
 
+class LimitsConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Processes that run other people's functions, and what ends them."""
+
+    workers: Count = 2
+    """Processes, each with one call at a time."""
+    deadline_s: Positive = 10.0
+    """Seconds for one call; then its process is killed with all it started."""
+    memory_mb: Annotated[int, msgspec.Meta(ge=128)] = 2048
+    """Address space of a process, and of each process that it starts, MiB. One whose memory in use is
+    above half of it after a call is replaced."""
+    start_timeout_s: Positive = 120.0
+    """Seconds to start a process and import the function's module."""
+
+
+class RewardPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """One of several reward functions."""
+
+    function: str
+    """`module:function`."""
+    weight: float = 1.0
+    """What its value is multiplied by in the sum; negative for a penalty."""
+    arguments: dict[str, Any] = {}
+    """More keyword arguments for it."""
+
+
+class EnvironmentConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Who the policy talks to."""
+
+    path: str = "actors.environments:SingleTurn"
+    """The environment's class, `module:Class`."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments for it."""
+    timeout_s: Positive = 600.0
+    """Seconds for one sample, generation included; after that the sample is invalid."""
+
+
 class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What an actor does with its leases."""
 
     concurrency: Count = 4
     """Groups an actor keeps in flight."""
     sampling: SamplingConfig = SamplingConfig()
-    reward: str = "actors.rewards:gsm8k"
-    """The reward function, `module:function`."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    reward: str | dict[str, RewardPart] = "actors.rewards:gsm8k"
+    """The reward function, `module:function`; or several by name, whose weighted sum is the reward. An
+    empty table leaves the reward to the environment."""
+    limits: LimitsConfig = LimitsConfig()
+    """Processes that run the reward functions."""

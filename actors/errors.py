@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Cause = Literal["deadline", "died", "memory", "raised", "environment"]
+"""Why a sample is invalid: its function ran past the deadline, ended its process, ran out of memory,
+raised or returned no reward, or its environment failed."""
+
 
 class ActorError(Exception):
     """Base of every error of `actors`."""
@@ -14,5 +20,22 @@ class EngineError(ActorError):
     """
 
 
+class LoadError(ActorError):
+    """What the configuration names as `module:name` cannot be loaded or started: nothing will work."""
+
+
 class RewardError(ActorError):
-    """The reward function cannot be loaded, or failed on an answer."""
+    """Too few samples of a group could be scored, or a gold answer is none."""
+
+
+class ToolError(ActorError):
+    """A tool was called with what it cannot work on; the policy is told."""
+
+
+class SampleError(ActorError):
+    """A sample cannot be scored, for a reason that says nothing of the sample: it is invalid, not wrong."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(f"{cause}: {message}")
+        self.cause: Cause = cause
+        """Why, in one word; what is counted."""

@@ -1,22 +1,37 @@
-"""One lease to one scored group: G samples of the leased prompt, their rewards, the record."""
+"""One lease to one scored group: G conversations about the leased prompt, their rewards, the record."""
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import struct
 import time
-from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import xxhash
 
 from actors.config import SamplingConfig
-from actors.engine import Completion, Engine
-from actors.errors import EngineError
-from actors.rewards import Reward
+from actors.environments import Environment
+from actors.environments.policy import Batcher, Generator, Policy, Text
+from actors.errors import ActorError, Cause, EngineError, RewardError, SampleError
+from actors.rewards.pool import Verdict
+from actors.trajectory import Trajectory, lay_out
 from buffer.admission import Lease
-from buffer.schema import Group, Sample, Span, Version
+from buffer.schema import Group, Prompt, Version
 from weightsync.manifest import parse_label
+
+SAMPLES_MIN = 2
+"""Fewer valid samples make no group: an advantage compares samples of one prompt."""
+
+
+class Scorer(Protocol):
+    """What scores: `actors.rewards.pool.RewardPool`."""
+
+    async def score(self, text: str, answer: str, tokens: int) -> Verdict:
+        """The verdict on a text against the gold answer. Raises `SampleError` if there is none."""
+        ...
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -27,34 +42,44 @@ class Recipe(msgspec.Struct, frozen=True):
     run_seed: int
     group_size: int
     sampling: SamplingConfig
-    reward: Reward
-    decode: Callable[[list[int]], str]
-    """Token ids to text, special tokens left out."""
+    environment: Environment
+    timeout_s: float
+    """Seconds for one conversation."""
+    rewards: Scorer
+    text: Text
+    invalid: collections.Counter[Cause]
+    """Samples without a verdict so far, by cause; `rollout` counts here."""
 
 
-def request_seed(run_seed: int, position: int, attempt: int, sample: int) -> int:
-    """Seed of one sample, 31 bits: a function of what is sampled, never of who samples it or when."""
-    return xxhash.xxh3_64_intdigest(struct.pack("<4q", run_seed, position, attempt, sample)) & 0x7FFFFFFF
+def request_seed(run_seed: int, position: int, attempt: int, sample: int, turn: int = 0) -> int:
+    """Seed of one turn, 31 bits: a function of what is sampled, never of who samples it or when."""
+    numbers = struct.pack("<4q", run_seed, position, attempt, sample)
+    if turn:
+        numbers += struct.pack("<q", turn)
+    return xxhash.xxh3_64_intdigest(numbers) & 0x7FFFFFFF
 
 
-async def rollout(engine: Engine, lease: Lease, recipe: Recipe) -> Group:
+async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
     """Generates and scores the group of a lease.
 
-    Raises `EngineError` if the engine fails or returns what cannot be trained, `RewardError` if the
-    reward function fails.
+    A sample whose environment or reward function failed is invalid and left out of the group, which then
+    has fewer than G. Raises `EngineError` if the engine fails or returns what cannot be trained,
+    `RewardError` if fewer than 2 samples are valid, `LoadError` if the reward cannot be loaded at all.
     """
     assert lease.prompt is not None
     prompt, started = lease.prompt, time.time()
-    seeds = [
-        request_seed(recipe.run_seed, lease.position, lease.attempt, i) for i in range(recipe.group_size)
-    ]
-    completions = await engine.generate(prompt.tokens, seeds, recipe.sampling)
-    table = [Version(*_parse(label)) for label in dict.fromkeys(c.version_label for c in completions)]
-    numbers = {f"{version.number}:{version.digest}": index for index, version in enumerate(table)}
-    samples = []
-    for completion in completions:
-        score = recipe.reward(recipe.decode(completion.tokens), prompt.answer)
-        samples.append(_sample(prompt.tokens, completion, numbers[completion.version_label], score))
+    batcher = Batcher(engine)
+    try:
+        made = await _all(
+            _sample(batcher, lease, prompt, recipe, index) for index in range(recipe.group_size)
+        )
+    finally:
+        await batcher.close()
+    valid = [sample for sample in made if not isinstance(sample, SampleError)]
+    if len(valid) < SAMPLES_MIN:
+        raise RewardError(_too_few(made, len(valid)))
+    labels = dict.fromkeys(label for trajectory, _ in valid for _, label in trajectory.labels)
+    numbers = {label: index for index, label in enumerate(labels)}
     return Group(
         lineage=int(lease.group.partition("-")[0]),
         position=lease.position,
@@ -63,11 +88,68 @@ async def rollout(engine: Engine, lease: Lease, recipe: Recipe) -> Group:
         actor=recipe.actor,
         actor_epoch=recipe.actor_epoch,
         temperature=recipe.sampling.temperature,
-        versions=table,
+        versions=[Version(*_parse(label)) for label in labels],
         started=started,
         finished=time.time(),
-        samples=samples,
+        samples=[trajectory.sample(verdict.value, verdict.parts, numbers) for trajectory, verdict in valid],
     )
+
+
+Scored = tuple[Trajectory, Verdict]
+
+
+async def _all(samples: Any) -> list[Scored | SampleError]:
+    """The results in order; the first error that is not a sample's own ends the others."""
+    tasks = [asyncio.create_task(sample) for sample in samples]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _sample(
+    batcher: Batcher, lease: Lease, prompt: Prompt, recipe: Recipe, index: int
+) -> Scored | SampleError:
+    """One conversation and its verdict, or why it has none."""
+    seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt, index)
+    policy = Policy(batcher, seed, recipe.sampling, len(prompt.tokens), recipe.text)
+    try:
+        trajectory = await _converse(recipe, prompt, policy)
+        text = recipe.text.decode(trajectory.final)
+        verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
+    except SampleError as error:
+        recipe.invalid[error.cause] += 1
+        return error
+    if trajectory.award is not None:
+        parts = {**verdict.parts, "environment": trajectory.award}
+        verdict = Verdict(verdict.value + trajectory.award, parts)
+    return trajectory, verdict
+
+
+async def _converse(recipe: Recipe, prompt: Prompt, policy: Policy) -> Trajectory:
+    """One run of the environment. Raises `SampleError` for whatever it does wrong."""
+    try:
+        async with asyncio.timeout(recipe.timeout_s) as limit:
+            turns = await recipe.environment.run(prompt, policy)
+    except ActorError:
+        raise
+    except Exception as error:
+        if isinstance(error, TimeoutError) and limit.expired():
+            error = TimeoutError(f"no end within rollout.environment.timeout_s ({recipe.timeout_s:g} s)")
+        name = type(recipe.environment).__name__
+        raise SampleError("environment", f"{name}: {type(error).__name__}: {error}") from error
+    return lay_out(prompt.tokens, turns)
+
+
+def _too_few(made: list[Scored | SampleError], valid: int) -> str:
+    """Why a group is none, with the first reason in full."""
+    errors = [sample for sample in made if isinstance(sample, SampleError)]
+    causes = collections.Counter(error.cause for error in errors)
+    told = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+    first = f"; the first: {errors[0]}" if errors else ""
+    return f"{valid} of {len(made)} samples are valid, expected {SAMPLES_MIN} or more ({told}){first}"
 
 
 def _parse(label: str) -> tuple[int, str]:
@@ -75,19 +157,3 @@ def _parse(label: str) -> tuple[int, str]:
         return parse_label(label)
     except ValueError as error:
         raise EngineError(f"the engine serves weights nobody committed: {error}") from error
-
-
-def _sample(
-    prompt: list[int], completion: Completion, version: int, score: tuple[float, dict[str, float]]
-) -> Sample:
-    length = len(completion.tokens)
-    return Sample(
-        tokens=np.array([*prompt, *completion.tokens], np.int32),
-        prompt_length=len(prompt),
-        logprobs=np.array(completion.logprobs, np.float32),
-        loss_runs=[length] if length else [],
-        spans=[Span(length, version)] if length else [],
-        reward=score[0],
-        rewards=score[1],
-        finish_reason=completion.finish_reason,
-    )

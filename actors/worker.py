@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import logging
 import os
@@ -24,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import tokenizers
 import uvloop
 
 from actors.config import EngineConfig, RolloutConfig
 from actors.engine import Engine
-from actors.errors import ActorError, EngineError, RewardError
+from actors.environments.base import load_environment
+from actors.environments.text import Tokens
+from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
 from actors.publish import BACK_OFF_S, publish
-from actors.rewards import load_reward
+from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
 from actors.weights import WeightWorker
 from buffer.admission import Admit, Drop, Lease
@@ -66,6 +68,9 @@ class Actor:
         self._model, self._logs = model, logs
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(settings.rollout.concurrency)
+        self._environment = load_environment(settings.rollout.environment)
+        self._rewards = RewardPool(settings.rollout.reward, settings.rollout.limits)
+        self._invalid: collections.Counter[Cause] = collections.Counter()
         self._state, self._version, self._requests = "starting", -1, 0
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -114,7 +119,7 @@ class Actor:
             raise
         finally:
             await _cancel(*loops, halted, *self._tasks.values())
-            await engine.stop()
+            await asyncio.gather(engine.stop(), self._rewards.close(), self._environment.close())
 
     async def _start_engine(self) -> Engine:
         started = time.monotonic()
@@ -152,15 +157,17 @@ class Actor:
                 await asyncio.sleep(BACK_OFF_S)
 
     def _recipe(self) -> Recipe:
-        tokenizer = tokenizers.Tokenizer.from_file(str(self._model / "tokenizer.json"))
         return Recipe(
             actor=self._name,
             actor_epoch=int(self.epoch.partition(":")[0]),
             run_seed=self._settings.seed,
             group_size=self._settings.stream.group_size,
             sampling=self._settings.rollout.sampling,
-            reward=load_reward(self._settings.rollout.reward),
-            decode=tokenizer.decode,
+            environment=self._environment,
+            timeout_s=self._settings.rollout.environment.timeout_s,
+            rewards=self._rewards,
+            text=Tokens(self._model / "tokenizer.json"),
+            invalid=self._invalid,
         )
 
     async def _work(self, engine: Engine, lease: Lease, recipe: Recipe) -> None:
@@ -168,6 +175,13 @@ class Actor:
         reason = "released"
         try:
             group = await rollout(engine, lease, recipe)
+            if missing := recipe.group_size - len(group.samples):
+                log.warning(
+                    "group %s: %d invalid samples left out; so far %s",
+                    lease.group,
+                    missing,
+                    dict(self._invalid),
+                )
             answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
             reason = ""
             if answer.status == "ok":
@@ -178,6 +192,9 @@ class Actor:
         except RewardError as error:
             reason = "reward"
             log.error("group %s: %s", lease.group, error)
+        except LoadError as error:
+            if not self._failed.done():
+                self._failed.set_exception(error)
         except EngineError as error:
             reason = "engine"
             if not self._failed.done():
@@ -199,6 +216,7 @@ class Actor:
                 "in_flight": len(self._tasks),
                 "published": self._published,
                 "answer_tokens": self._tokens,
+                "invalid_samples": self._invalid.total(),
             }
             tokens = tuple(self._tasks)
             call = Heartbeat(self._name, self.epoch, self._state, msgspec.json.encode(stats).decode(), tokens)

@@ -5,6 +5,7 @@ load(["run.toml"], ["objective.correction=none", "stream.max_steps=50"])
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,7 +103,14 @@ def _explain(message: str) -> str:
     if "unknown field" not in problem:
         return text
     struct: Any = RunConfig
-    for name in filter(None, section.split(".")):
-        struct = next(f.type for f in msgspec.structs.fields(struct) if f.name == name)
-        struct = next((t for t in getattr(struct, "__args__", ()) if hasattr(t, "__struct_fields__")), struct)
+    fields = re.sub(r"\[[^]]*\]", "", section)  # an item of a list or a table: `reward[...]`, `sources[0]`
+    for name in filter(None, fields.split(".")):
+        struct = _struct_in(next(f.type for f in msgspec.structs.fields(struct) if f.name == name))
     return f"{text}; known are {', '.join(struct.__struct_fields__)}"
+
+
+def _struct_in(kind: Any) -> Any:
+    """The struct in a type such as `Struct | None`, `list[Struct]` or `str | dict[str, Struct]`."""
+    if hasattr(kind, "__struct_fields__"):
+        return kind
+    return next(filter(None, map(_struct_in, getattr(kind, "__args__", ()))), None)

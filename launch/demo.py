@@ -36,13 +36,13 @@ _RECORD_S = 60.0
 
 
 def prepare(config: RunConfig) -> RunConfig:
-    """Makes the demo's model and, unless `data.path` is set, its data set; the configuration with both."""
+    """Makes the demo's model and, unless one is set, its data set; the configuration with both."""
     folder = run_folder(config.name)
     model, data = config.model, config.data
     if not model.path:
         made = make_tiny_qwen3(folder / "model", seed=config.seed)
         model = msgspec.structs.replace(model, path=str(made))
-    if not data.path:
+    if not (data.path or data.sources):
         made_data = write_arithmetic(folder / "data", seed=config.seed)
         data = msgspec.structs.replace(
             data,

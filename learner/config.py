@@ -23,11 +23,37 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
 
 
+class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """One of several data sets that a run mixes."""
+
+    path: str
+    """JSONL file."""
+    weight: Positive = 1.0
+    """How often an epoch asks each of its rows: 2 is twice, 0.5 is half of them, the other half the
+    epoch after."""
+    question: str = "question"
+    """Field of the question."""
+    answer: str = "answer"
+    """Field of the gold answer."""
+    template: str = ""
+    """Prompt text for its questions; empty: that of `data.template`."""
+
+
 class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Which questions a run asks."""
 
     path: str
-    """JSONL file in GSM8K's schema."""
+    """JSONL file; empty where `sources` are given."""
+    sources: list[SourceConfig] = []
+    """Several JSONL files with weights, instead of `path`."""
+    question: str = "question"
+    """Field of the question in `path`, `held_out` and `demonstrations`: a text, or a list of messages
+    with `role` and `content` for the chat template."""
+    answer: str = "answer"
+    """Field of the gold answer there, a text, in the form that the reward function reads."""
+    answer_marker: str = "####"
+    """What every gold answer must hold, so that data which the reward cannot read is refused at the
+    start; empty: anything."""
     held_out: str = ""
     """JSONL file of questions that are only measured on; empty: the training questions."""
     demonstrations: str = ""
@@ -35,8 +61,28 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     template: str = ""
     """Prompt text with `{question}` in it; empty: the tokenizer's chat template, or the question and a
     line break if it has none."""
+    system: str = ""
+    """System message before the question in the chat template; empty: none."""
+    min_prompt_tokens: Count = 1
+    """Shorter prompts are left out."""
     max_prompt_tokens: Count = 1024
-    """Longer prompts are left out; how many is said at the start."""
+    """Longer prompts are left out; how many prompts are left out is said at the start."""
+    epochs: Count | None = None
+    """Passes through the data after which the run ends; absent: it ends at `stream.max_steps` alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect, or no prompt could meet."""
+        if self.path and self.sources:
+            raise ConfigError("data.sources: got some with data.path set as well; give one of the two")
+        if self.system and self.template:
+            raise ConfigError(
+                "data.system: got one with data.template, which is all of the prompt; put it there instead"
+            )
+        if self.min_prompt_tokens > self.max_prompt_tokens:
+            raise ConfigError(
+                f"data.min_prompt_tokens: got {self.min_prompt_tokens}, expected at most max_prompt_tokens "
+                f"({self.max_prompt_tokens})"
+            )
 
 
 class OptimizerConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

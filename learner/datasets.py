@@ -1,21 +1,22 @@
 """Data sets of questions and gold answers, and the deterministic order in which a run asks them.
 
-A data set is a JSONL file in GSM8K's schema: `question`, and `answer` ending in `#### <final answer>`.
+A data set is a JSONL file with a field for the question and one for the gold answer; GSM8K's is
+`question`, and `answer` ending in `#### <final answer>`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
 from buffer.schema import Prompt
-from learner.config import DataConfig
+from learner.config import DataConfig, SourceConfig
 from learner.errors import DataError
-from learner.tokenizer import Tokenizer
+from learner.tokenizer import Message, Tokenizer
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -23,86 +24,195 @@ class Example(msgspec.Struct, frozen=True):
 
     row: int
     """Line of the file, from 0."""
-    question: str
+    question: str | list[Message]
+    """A text, or a conversation for the chat template."""
     answer: str
-    """The solution as given, ending in `#### <final answer>`."""
+    """The gold answer as given."""
 
 
-class _Line(msgspec.Struct):
-    question: str
-    answer: str
-
-
-def load_jsonl(path: Path) -> list[Example]:
-    """All examples of a file. Raises `DataError` naming file and line."""
+def load_jsonl(
+    path: Path, *, question: str = "question", answer: str = "answer", marker: str = "####"
+) -> list[Example]:
+    """All examples of a file; the fields' names are `question` and `answer`, and every gold answer holds
+    `marker`. Raises `DataError` naming file and line."""
     if not path.is_file():
-        raise DataError(f"data.path: no file {path}; give a JSONL file with `question` and `answer`")
-    examples = []
+        raise DataError(f"data.path: no file {path}; give a JSONL file with `{question}` and `{answer}`")
+    line_type = msgspec.defstruct(
+        "Line",
+        [
+            ("question", str | list[Message], msgspec.field(name=question)),
+            ("answer", str, msgspec.field(name=answer)),
+        ],
+    )
+    decoder, examples = msgspec.json.Decoder(line_type), []
     with path.open("rb") as lines:
         for row, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                example = msgspec.json.decode(line, type=_Line)
+                example = decoder.decode(line)
             except msgspec.MsgspecError as error:
-                problem = f"{path}, line {row + 1}: {error}; expected an object with `question` and `answer`"
-                raise DataError(problem) from error
-            if "####" not in example.answer:
+                problem = f"{path}, line {row + 1}: {error}; expected an object with `{question}` and"
+                raise DataError(f"{problem} `{answer}`") from error
+            if marker not in example.answer:
                 problem = (
-                    f"{path}, line {row + 1}: answer: got {example.answer[-40:]!r}, expected it to end in"
+                    f"{path}, line {row + 1}: {answer}: got {example.answer[-40:]!r}, expected it to end"
                 )
-                raise DataError(f"{problem} `#### <final answer>`")
+                raise DataError(
+                    f"{problem} in `{marker} <final answer>`; or set data.answer_marker to what the gold "
+                    "answers hold"
+                )
             examples.append(Example(row, example.question, example.answer))
     if not examples:
         raise DataError(f"{path}: no examples in it")
     return examples
 
 
-class PromptOrder:
-    """The endless sequence of prompts of a run: every epoch a new permutation from (seed, epoch).
+class Share(msgspec.Struct, frozen=True):
+    """Prompts that follow one another in a list and have one weight: those of one source."""
 
-    A position alone determines its prompt, so a run can be continued from any of them.
+    first: int
+    """Index of the first."""
+    count: int
+    weight: float
+    """How often an epoch asks each."""
+
+    def taken(self, seed: int, epoch: int) -> list[int]:
+        """Indices that an epoch asks, in rising order.
+
+        The source has an order of its own, without end, each pass a new permutation of all; every epoch
+        takes the next round(count * weight) of it, at least one.
+
+        >>> third = Share(10, 3, 1 / 3)
+        >>> sorted(third.taken(0, 0) + third.taken(0, 1) + third.taken(0, 2))
+        [10, 11, 12]
+        """
+        size = self.size
+        passes: dict[int, list[int]] = {}
+        indices = []
+        for place in range(epoch * size, (epoch + 1) * size):
+            number, offset = divmod(place, self.count)
+            if number not in passes:
+                passes[number] = list(range(self.first, self.first + self.count))
+                random.Random(f"{seed}:{self.first}:{number}").shuffle(passes[number])
+            indices.append(passes[number][offset])
+        return sorted(indices)
+
+    @property
+    def size(self) -> int:
+        """Prompts an epoch asks of it."""
+        return max(1, round(self.count * self.weight))
+
+
+class PromptOrder:
+    """The sequence of prompts of a run: every epoch a new order from (seed, epoch).
+
+    A position alone determines its prompt, so a run can be continued from any of them. Worked example:
+    with 3 prompts and `epochs` 2, ``length`` is 6, ``at(0)`` to ``at(2)`` are the three in some order,
+    ``at(3)`` to ``at(5)`` in another, ``at(6)`` is None.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        seed: int,
+        *,
+        shares: Sequence[Share] | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        """`shares` are the sources in `prompts`, absent: one of weight 1; `epochs`: absent for no end."""
         self._prompts, self._seed = prompts, seed
-        self._epoch, self._order = -1, list(range(len(prompts)))
+        self._shares = [Share(0, len(prompts), 1.0)] if shares is None else list(shares)
+        self._size = sum(share.size for share in self._shares)
+        self._epoch, self._order = -1, list[int]()
+        self.length = None if epochs is None else epochs * self._size
+        """How many positions have a prompt; None: all."""
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[PromptOrder, int]:
-        """The order over a data set, and how many prompts were left out as too long."""
-        examples = load_jsonl(Path(config.path))
-        prompts = [
-            Prompt(example.row, tokenizer.prompt(example.question, config.template), example.answer)
-            for example in examples
-        ]
-        kept = [prompt for prompt in prompts if len(prompt.tokens) <= config.max_prompt_tokens]
-        if not kept:
-            shortest = min(len(prompt.tokens) for prompt in prompts)
-            problem = f"data.max_prompt_tokens: got {config.max_prompt_tokens}, the shortest prompt of"
-            raise DataError(f"{problem} {config.path} has {shortest} tokens; raise it")
-        return cls(kept, seed), len(prompts) - len(kept)
+        """The order over the configured data, and how many prompts were left out as too short or long.
+
+        Raises `DataError` for data that cannot be read or asked. With several sources a prompt's `row`
+        goes on counting from one file to the next.
+        """
+        prompts: list[Prompt] = []
+        shares = []
+        rows = asked = 0
+        for source in _sources(config):
+            examples = load_jsonl(
+                Path(source.path),
+                question=source.question,
+                answer=source.answer,
+                marker=config.answer_marker,
+            )
+            kept = _prompts(examples, source, config, tokenizer, rows)
+            shares.append(Share(len(prompts), len(kept), source.weight))
+            prompts += kept
+            rows += examples[-1].row + 1
+            asked += len(examples)
+        return cls(prompts, seed, shares=shares, epochs=config.epochs), asked - len(prompts)
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        """Prompts of an epoch."""
+        return self._size
 
-    def at(self, position: int) -> Prompt:
-        """The prompt at a position of the run, from 0."""
-        epoch, index = divmod(position, len(self._prompts))
+    def at(self, position: int) -> Prompt | None:
+        """The prompt at a position of the run, from 0; None after the last epoch."""
+        if self.length is not None and position >= self.length:
+            return None
+        epoch, index = divmod(position, self._size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self._prompts)))
-            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
+            order = [index for share in self._shares for index in share.taken(self._seed, epoch)]
+            random.Random(f"{self._seed}:{epoch}").shuffle(order)
+            self._epoch, self._order = epoch, order
         return self._prompts[self._order[index]]
 
     def __iter__(self) -> Iterator[Prompt]:
+        """The prompts from position 0 on, to the last epoch's end."""
         position = 0
-        while True:
-            yield self.at(position)
+        while (prompt := self.at(position)) is not None:
+            yield prompt
             position += 1
 
 
 def held_out(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """Prompts to measure on: those of `data.held_out`, else of the training questions themselves."""
-    path = config.held_out or config.path
-    order, _ = PromptOrder.load(msgspec.structs.replace(config, path=path), tokenizer, seed=0)
+    if config.held_out:
+        config = alone(config, config.held_out)
+    order, _ = PromptOrder.load(config, tokenizer, seed=0)
     return list(islice(order, len(order)))
+
+
+def alone(config: DataConfig, path: str) -> DataConfig:
+    """The configuration of one file instead of the training data, without an end."""
+    return msgspec.structs.replace(config, path=path, sources=[], epochs=None)
+
+
+def _sources(config: DataConfig) -> list[SourceConfig]:
+    if config.sources:
+        return config.sources
+    return [SourceConfig(path=config.path, question=config.question, answer=config.answer)]
+
+
+def _prompts(
+    examples: list[Example], source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, rows: int
+) -> list[Prompt]:
+    """Those examples of a source whose prompts have an allowed length; its rows begin at `rows`."""
+    template = source.template or config.template
+    prompts = [
+        Prompt(
+            rows + example.row,
+            tokenizer.prompt(example.question, template, config.system),
+            example.answer,
+        )
+        for example in examples
+    ]
+    low, high = config.min_prompt_tokens, config.max_prompt_tokens
+    kept = [prompt for prompt in prompts if low <= len(prompt.tokens) <= high]
+    if not kept:
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        raise DataError(
+            f"data.min_prompt_tokens, data.max_prompt_tokens: got {low} and {high}, the prompts of "
+            f"{source.path} have {min(lengths)} to {max(lengths)} tokens; widen them"
+        )
+    return kept

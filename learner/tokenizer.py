@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from learner.errors import ModelError
+import msgspec
+
+from learner.errors import DataError, ModelError
 
 FILES = (
     "config.json",
@@ -33,6 +36,14 @@ def model_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
+class Message(msgspec.Struct, frozen=True):
+    """One message of a conversation, as chat templates take it."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
 class Tokenizer:
     """Text to ids and back.
 
@@ -56,12 +67,24 @@ class Tokenizer:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def prompt(self, question: str, template: str) -> list[int]:
-        """The ids of a question put into `template`, or into the chat template if that is empty."""
+    def prompt(self, question: str | Sequence[Message], template: str, system: str = "") -> list[int]:
+        """The ids of a question put into `template`, or into the chat template if that is empty.
+
+        A list of messages, like a `system` message, needs the chat template. Raises `DataError` where
+        there is none.
+        """
         if not template and self._has_chat_template:
-            messages = [{"role": "user", "content": question}]
+            asked = [Message("user", question)] if isinstance(question, str) else question
+            told = [Message("system", system)] if system else []
+            messages = [msgspec.to_builtins(message) for message in (*told, *asked)]
             text = self._chat.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return self.encode(text)
+        if system or not isinstance(question, str):
+            needed = "data.system" if system else "a question that is a list of messages"
+            raise DataError(
+                f"{needed}: needs a chat template, and there is none in {self._folder}, or data.template "
+                "takes its place; give questions as text, without data.system"
+            )
         return self.encode((template or "{question}\n").replace("{question}", question))
 
     @cached_property

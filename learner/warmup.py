@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
-from learner.datasets import PromptOrder
+from learner.datasets import PromptOrder, alone
 from learner.errors import LearnerError
 from learner.evaluate import mark
 from learner.tokenizer import Tokenizer
@@ -47,10 +47,11 @@ def warm_up_on(
     reward is measured on, lies in the target."""
     from learner.sft import warm_up
 
-    order, _ = PromptOrder.load(data, tokenizer, seed)
+    endless = msgspec.structs.replace(data, epochs=None)
+    order, _ = PromptOrder.load(endless, tokenizer, seed)
     shown = order
     if data.demonstrations:
-        shown, _ = PromptOrder.load(msgspec.structs.replace(data, path=data.demonstrations), tokenizer, seed)
+        shown, _ = PromptOrder.load(alone(data, data.demonstrations), tokenizer, seed)
     questions = [(prompt.tokens, prompt.answer) for prompt in islice(order, len(order))]
 
     def demonstrations() -> Iterator[tuple[list[int], list[int]]]:

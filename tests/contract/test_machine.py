@@ -65,6 +65,7 @@ def _event(name: str) -> Callable[..., None]:
     def happens(self: Events, **choices: int) -> None:
         getattr(self.walk, name)(*choices.values())
 
+    happens.__name__ = name
     return happens
 
 

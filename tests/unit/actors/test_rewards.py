@@ -1,99 +1,47 @@
-"""Rewards: what counts as a final answer, what it earns, and how a function is found."""
+"""Rewards: how functions are named, called and added up, in this process and in workers."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
-from decimal import Decimal
-from pathlib import Path
+import time
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from actors.errors import RewardError
-from actors.rewards import final_answer, gsm8k, load_reward
-
-RIGHT = [
-    "#### 1450",
-    "####1450",
-    "#### 1,450",
-    "#### $1,450",
-    "#### $+1450",
-    "#### +1450.",
-    "#### 1450.00",
-    "#### 1450 dollars",
-    "#### 01450",
-    "so 3 * 4 = 12\n#### 12\n#### 1450\n",
-]
-WRONG = ["#### 1451", "#### -1450", "#### 145", "#### 1450.5", "#### 1450 #### 3"]
-MALFORMED = [
-    "",
-    "1450",
-    "### 1450",
-    "##### 1450",
-    "####",
-    "####\n1450",
-    "#### 1450x",
-    "#### 1450.5.6",
-    "#### 14,50",
-    "#### - 1450",
-    "#### ١٤٥٠",
-]
-
-
-@pytest.mark.parametrize("text", RIGHT)
-def test_right_answers_score_one(text: str) -> None:
-    assert gsm8k(text, "work\n#### 1,450") == (1.0, {"correct": 1.0, "format": 1.0})
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_numbers_score_the_format(text: str) -> None:
-    assert gsm8k(text, "work\n#### 1,450") == (0.1, {"correct": 0.0, "format": 1.0})
-
-
-@pytest.mark.parametrize("text", MALFORMED)
-def test_anything_else_scores_nothing(text: str) -> None:
-    assert gsm8k(text, "work\n#### 1,450") == (0.0, {"correct": 0.0, "format": 0.0})
-
-
-@pytest.mark.parametrize(("text", "value"), [("#### -3", -3), ("#### $-.5", -0.5), ("#### -0", 0)])
-def test_signs_and_fractions(text: str, value: float) -> None:
-    assert final_answer(text) == value
-
-
-@pytest.mark.parametrize("answer", ["72", "", "#### seventy"])
-def test_a_gold_answer_without_a_number_is_an_error(answer: str) -> None:
-    with pytest.raises(RewardError, match=r"gold answer: got .* expected it to end in `#### <number>`"):
-        gsm8k("#### 72", answer)
-
-
-@pytest.mark.parametrize(("name", "rows"), [("gsm8k_train.jsonl", 7473), ("gsm8k_test.jsonl", 1319)])
-def test_every_gold_answer_of_gsm8k_scores_one_against_itself(test_data: Path, name: str, rows: int) -> None:
-    answers = [json.loads(line)["answer"] for line in (test_data / name).read_text().splitlines()]
-    assert len(answers) == rows
-    assert [answer for answer in answers if gsm8k(answer, answer)[0] != 1.0] == []
-    # The final line alone decides, and another number is never right.
-    finals = [answer.rpartition("\n")[2] for answer in answers]
-    assert [f for f, a in zip(finals, answers, strict=True) if gsm8k(f, a)[0] != 1.0] == []
-    assert [a for a in answers if gsm8k(f"#### {final_answer(a) + 1}", a)[0] != 0.1] == []
-
-
-@given(st.text() | st.text(alphabet="#0123456789.,$-+ \n", max_size=60))
-def test_no_text_is_too_strange(text: str) -> None:
-    value, parts = gsm8k(text, "#### 46")
-    assert value == (1.0 if parts["correct"] else 0.1 * parts["format"])
-    assert gsm8k(text + "\n#### 46", "#### 46")[0] == 1.0
-
-
-@given(st.integers() | st.decimals(-(10**9), 10**9, places=3))
-def test_every_number_equals_itself_however_written(number: int | Decimal) -> None:
-    assert gsm8k(f"#### {number:,}", f"#### {number}")[0] == 1.0
-    assert gsm8k(f"#### {number + 1}", f"#### {number}")[0] == 0.1
+from actors.config import LimitsConfig, RewardPart
+from actors.errors import LoadError, RewardError, SampleError
+from actors.rewards import boxed, brevity, multiple_choice, overlong, tagged
+from actors.rewards.pool import RewardPool, Verdict
+from actors.rewards.score import scorer
 
 
 def scalar(text: str, answer: str) -> float:
     return float(text == answer)
+
+
+async def slow_scalar(text: str, answer: str) -> tuple[float, dict[str, float]]:
+    await asyncio.sleep(0.01)
+    return 2.0 * (text == answer), {"same": float(text == answer)}
+
+
+def own_loop(text: str, answer: str) -> float:
+    """As a client library does that is async inside."""
+    return asyncio.run(asyncio.sleep(0, 8.0))
+
+
+LOOPS: list[asyncio.AbstractEventLoop] = []
+
+
+async def one_loop(text: str, answer: str) -> float:
+    """How many event loops the calls of a process have run in."""
+    if asyncio.get_running_loop() not in LOOPS:
+        LOOPS.append(asyncio.get_running_loop())
+    return float(len(LOOPS))
+
+
+def scaled(text: str, answer: str, *, by: float, tokens: int) -> float:
+    return by * tokens
 
 
 def nan(text: str, answer: str) -> tuple[float, dict[str, float]]:
@@ -104,29 +52,154 @@ def words(text: str, answer: str) -> str:
     return "good"
 
 
-def test_a_reward_is_found_by_name() -> None:
-    assert load_reward("actors.rewards:gsm8k")("#### 4", "#### 4") == (1.0, {"correct": 1.0, "format": 1.0})
-    assert load_reward(f"{__name__}:scalar")("a", "a") == (1.0, {})
+def obey(text: str, answer: str) -> float:
+    """Does what the answer says."""
+    if text == "hang":
+        time.sleep(600)
+    if text == "raise":
+        raise KeyError(text)
+    return len(text)
+
+
+def named(function: str, **fields: Any) -> RewardPart:
+    return RewardPart(function=f"{__name__}:{function}", **fields)
+
+
+def test_one_function_gives_its_value_and_its_parts() -> None:
+    assert scorer("actors.rewards:gsm8k")("#### 4", "#### 4", 1) == (
+        1.0,
+        {"correct": 1.0, "format": 1.0},
+    )
+    assert scorer(f"{__name__}:scalar")("a", "a", 1) == (1.0, {})
+
+
+async def test_several_functions_are_weighted_and_named() -> None:
+    pool = RewardPool(
+        {
+            "right": named("slow_scalar", weight=0.5),
+            "long": named("scaled", weight=-0.25, arguments={"by": 3.0}),
+            "judged": named("own_loop"),
+        },
+        LimitsConfig(workers=1),
+    )
+    verdicts = [await pool.score("a", "a", 4) for _ in range(2)]
+    await pool.close()
+    parts = {"right": 2.0, "right.same": 1.0, "long": 12.0, "judged": 8.0}
+    assert verdicts == [Verdict(0.5 * 2.0 - 0.25 * 12.0 + 8.0, parts)] * 2
+
+
+async def test_calls_share_an_event_loop_so_that_clients_can_stay_open() -> None:
+    pool = RewardPool(f"{__name__}:one_loop", LimitsConfig(workers=1))
+    assert [(await pool.score("a", "a", 1)).value for _ in range(3)] == [1.0] * 3
+    await pool.close()
+
+
+async def test_no_function_leaves_the_reward_to_the_environment() -> None:
+    pool = RewardPool({}, LimitsConfig())
+    assert await pool.score("a", "a", 4) == Verdict(0.0, {})
+    await pool.close()
 
 
 @pytest.mark.parametrize("name", ["nan", "words"])
 def test_a_result_that_is_no_finite_number_is_an_error(name: str) -> None:
-    reward = load_reward(f"{__name__}:{name}")
     with pytest.raises(RewardError, match=f"{name} returned .* expected a finite number"):
-        reward("a", "a")
+        scorer(f"{__name__}:{name}")("a", "a", 1)
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("reward", "message"),
     [
-        ("gsm8k", "expected `module:function`"),
-        (":gsm8k", "expected `module:function`"),
-        ("actors.rewards:", "expected `module:function`"),
-        ("actors.nowhere:gsm8k", "No module named"),
+        ("gsm8k", "rollout.reward: got 'gsm8k', expected `module:name`"),
+        (":gsm8k", "expected `module:name`"),
+        ("actors.rewards:", "expected `module:name`"),
+        ("actors.nowhere:gsm8k", "rollout.reward: cannot load .* No module named"),
         ("actors.rewards:nothing", "has no attribute"),
-        ("actors.rewards:FORMAT_REWARD", "is float, expected a function"),
+        ("actors.rewards.gsm8k:FORMAT_REWARD", "is float, expected a function"),
+        ({"a": named("nowhere")}, "rollout.reward.a: cannot load .* has no attribute"),
+        ({"a": named("scaled")}, "rollout.reward.a: .*scaled cannot be called .* missing a required"),
+        ({"a": named("scalar", arguments={"x": 1})}, "unexpected keyword argument 'x'"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_an_error(path: str, message: str) -> None:
-    with pytest.raises(RewardError, match=message):
-        load_reward(path)
+async def test_what_cannot_be_called_is_found_before_any_answer(reward: Any, message: str) -> None:
+    pool = RewardPool(reward, LimitsConfig(workers=1))
+    with pytest.raises(LoadError, match=message):
+        await pool.score("a", "a", 1)
+    await pool.close()
+
+
+async def test_a_sample_without_a_verdict_costs_no_other() -> None:
+    pool = RewardPool(f"{__name__}:obey", LimitsConfig(workers=2, deadline_s=2))
+    texts = ["four", "hang", "raise", "to", "raise"]
+    verdicts = await asyncio.gather(*(pool.score(t, "", 1) for t in texts), return_exceptions=True)
+    assert [v.value if isinstance(v, Verdict) else v.cause for v in verdicts] == [  # type: ignore[union-attr]
+        *(4.0, "deadline", "raised", 2.0, "raised")
+    ]
+    assert all(isinstance(v, Verdict | SampleError) for v in verdicts)
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("B", "B", 1.0),
+        ("(b)", "B", 0.0),
+        (" (B). ", "(B)", 1.0),
+        ("The answer is B", "B", 1.0),
+        ("Answer: **B**", "B", 1.0),
+        ("#### B", "#### B", 1.0),
+        (r"\boxed{B}", r"\boxed{\text{B}}", 1.0),
+        (r"The answer is B. \boxed{\text{(C)}}", "B", 0.0),
+        ("The answer is A. No, the answer is B.", "B", 1.0),
+        ("Both A and B", "B", 0.0),
+        ("The answer is Boston", "B", 0.0),
+        ("", "B", 0.0),
+        (r"\boxed{B or C}", "B", 0.0),
+    ],
+)
+def test_multiple_choice(text: str, gold: str, value: float) -> None:
+    assert multiple_choice(text, gold)[0] == value
+
+
+def test_a_gold_answer_without_a_letter_is_an_error() -> None:
+    with pytest.raises(RewardError, match="expected a capital letter"):
+        multiple_choice("B", "42")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\boxed{4}", 1.0),
+        (r"\boxed{\frac{1}{2}} and more", 1.0),
+        ("4", 0.0),
+        (r"\boxed{4} \boxed{4}", 0.0),
+        (r"\boxed{4", 0.0),
+    ],
+)
+def test_boxed(text: str, value: float) -> None:
+    assert boxed(text, "") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("\n<think>a\nb</think>\n <answer></answer>\n", 1.0),
+        ("<think>a</think> so <answer>b</answer>", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think><think>a</think></think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 0.0),
+        ("<think>a<answer>b</answer>", 0.0),
+    ],
+)
+def test_tagged(text: str, value: float) -> None:
+    assert tagged(text, "") == value
+    assert tagged(text.replace("think", "plan"), "", ("plan", "answer")) == value
+
+
+def test_length() -> None:
+    assert [brevity("", "", tokens=n, longest=8) for n in (0, 2, 8, 9)] == [1.0, 0.75, 0.0, 0.0]
+    lengths = (0, 80, 85, 100, 500)
+    assert [overlong("", "", tokens=n, longest=100, cushion=20) for n in lengths] == [0, 0, -0.25, -1, -1]
+    for cushion in (0, 101):
+        with pytest.raises(RewardError, match="cushion"):
+            overlong("", "", tokens=1, longest=100, cushion=cushion)

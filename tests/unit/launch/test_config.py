@@ -23,6 +23,22 @@ def test_overrides_win_over_files_and_later_files_over_earlier(tmp_path: Path) -
     assert (config.stream.max_steps, config.objective.correction) == (7, "none")
 
 
+def test_several_rewards_are_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[rollout.reward.correct]\nfunction = "actors.rewards:math_verify"\n'
+        '[rollout.reward.short]\nfunction = "actors.rewards:brevity"\nweight = 0.1\n'
+        "arguments = { longest = 512 }\n"
+    )
+    config = load([file], MINIMAL)
+    assert isinstance(config.rollout.reward, dict)
+    assert {name: (part.weight, part.arguments) for name, part in config.rollout.reward.items()} == {
+        "correct": (1.0, {}),
+        "short": (0.1, {"longest": 512}),
+    }
+    assert msgspec.json.decode(to_json(config), type=RunConfig) == config
+
+
 def test_the_resolved_configuration_loads_as_itself() -> None:
     config = load([demo_file()], [])
     assert msgspec.json.decode(to_json(config), type=RunConfig) == config
@@ -41,6 +57,20 @@ def test_the_resolved_configuration_loads_as_itself() -> None:
         ("stream.max_steps=many", "stream.max_steps: Expected `int`, got `str`"),
         ("stream.group_size=1", "stream.group_size: Expected `int` >= 2"),
         ("objective.correction=magic", "objective.correction: Invalid enum value 'magic'"),
+        (
+            "rollout.limits.memory=3",
+            "rollout.limits: Object contains unknown field `memory`; known are workers",
+        ),
+        (
+            "rollout.reward.right={ function='m:f', wait=1 }",
+            "rollout.reward[...]: Object contains unknown field `wait`; known are function, weight",
+        ),
+        (
+            "data.sources=[{ path='d', wait=1 }]",
+            "data.sources[0]: Object contains unknown field `wait`; known are path, weight",
+        ),
+        ("data.min_prompt_tokens=2000", "data.min_prompt_tokens: got 2000, expected at most"),
+        ("rollout.reward=3", "rollout.reward: Expected `str | object`, got `int`"),
         ("rollout.sampling.top_p=0.9", "top_p: got 0.9, expected 1.0"),
         ("stream.max_steps", "expected section.field=value"),
         ("name.first=x", "is a value, not a section"),

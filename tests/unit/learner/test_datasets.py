@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from buffer.schema import Prompt
 from launch.tiny_model import make_tiny_qwen3
-from learner.config import DataConfig
-from learner.datasets import PromptOrder, held_out, load_jsonl
-from learner.errors import DataError, ModelError
-from learner.tokenizer import Tokenizer, model_files
+from learner.config import DataConfig, SourceConfig
+from learner.datasets import PromptOrder, Share, held_out, load_jsonl
+from learner.errors import ConfigError, DataError, ModelError
+from learner.tokenizer import Message, Tokenizer, model_files
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,91 @@ def test_a_position_alone_determines_its_prompt() -> None:
     assert [prompt.row for prompt in islice(PromptOrder(prompts, seed=8), 60)] != whole
 
 
+def test_the_order_of_one_source_is_the_shuffle_of_its_rows() -> None:
+    """Written down here, so that a run that is continued asks what it would have asked."""
+    order = PromptOrder([Prompt(row, [row], "#### 1") for row in range(20)], seed=7)
+    for epoch in range(3):
+        rows = list(range(20))
+        random.Random(f"7:{epoch}").shuffle(rows)
+        assert [order.at(epoch * 20 + place).row for place in range(20)] == rows
+
+
+def test_after_the_last_epoch_there_is_no_prompt() -> None:
+    prompts = [Prompt(row, [row], "#### 1") for row in range(5)]
+    order, endless = PromptOrder(prompts, seed=7, epochs=2), PromptOrder(prompts, seed=7)
+    assert (order.length, endless.length, len(order)) == (10, None, 5)
+    assert [order.at(position) for position in range(10)] == [endless.at(position) for position in range(10)]
+    assert [order.at(10), order.at(11), order.at(10**9)] == [None] * 3
+    assert order.at(3) == endless.at(3)
+    assert len(list(order)) == 10
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 0.5, 2.5, 0.3])
+def test_a_weight_says_how_often_an_epoch_asks_a_row(weight: float) -> None:
+    share = Share(10, 20, weight)
+    size = round(20 * weight)
+    epochs = [share.taken(3, epoch) for epoch in range(20)]
+    assert [len(indices) for indices in epochs] == [size] * 20
+    counts = Counter(index for indices in epochs for index in indices)
+    assert set(counts) == set(range(10, 30))
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for indices in epochs:
+        assert max(Counter(indices).values()) <= -(-size // 20) + 1
+    assert weight in (1.0, 2.0) or epochs[0] != epochs[1]
+    assert Share(10, 20, weight).taken(3, 7) == epochs[7]
+
+
+def test_sources_are_mixed_by_weight(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", *"abcdefgh")
+    rows = [json.dumps({"problem": letter, "solution": rf"\boxed{{{letter}}}"}) for letter in "uvwxyz"]
+    (tmp_path / "b.jsonl").write_text("\n".join(["", *rows]))
+    math = SourceConfig(
+        path=str(tmp_path / "b.jsonl"), question="problem", answer="solution", template="<{question}>"
+    )
+    sources = [SourceConfig(path=first, weight=0.25), msgspec.structs.replace(math, weight=2.0)]
+    config = DataConfig(path="", sources=sources, answer_marker="", epochs=3)
+    order, left_out = PromptOrder.load(config, tokenizer, 5)
+    assert (len(order), order.length, left_out) == (14, 42, 0)
+    asked = [[tokenizer.decode(order.at(epoch * 14 + i).tokens) for i in range(14)] for epoch in range(3)]
+    for texts in asked:
+        counts = Counter(texts)
+        assert {text: count for text, count in counts.items() if "<" in text} == {
+            f"<{x}>": 2 for x in "uvwxyz"
+        }
+        assert sum(count for text, count in counts.items() if "<" not in text) == 2
+    assert len({text for texts in asked for text in texts if "<" not in text}) == 6
+    prompts = {prompt.row: prompt for prompt in order}
+    assert sorted(prompts)[-6:] == [9, 10, 11, 12, 13, 14]
+    assert prompts[9].answer == r"\boxed{u}"
+    assert [order.at(p).row for p in range(42)] == [prompt.row for prompt in order]
+
+
+def test_a_gold_answer_of_another_form_is_refused_until_that_is_meant(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text('{"question": "2+2=", "answer": "4"}')
+    config = DataConfig(path=str(tmp_path / "d.jsonl"))
+    with pytest.raises(DataError, match=r"line 1: answer: got '4', expected it to end in `####"):
+        PromptOrder.load(config, tokenizer, 0)
+    order, _ = PromptOrder.load(msgspec.structs.replace(config, answer_marker=""), tokenizer, 0)
+    assert order.at(0).answer == "4"
+    with pytest.raises(DataError, match="line 1: Object missing required field `problem`"):
+        PromptOrder.load(msgspec.structs.replace(config, question="problem"), tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "a", "sources": [SourceConfig(path="b")]}, "data.sources: got some with data.path"),
+        ({"path": "a", "system": "s", "template": "{question}"}, "data.system: got one with data.template"),
+        ({"path": "a", "min_prompt_tokens": 9, "max_prompt_tokens": 8}, "min_prompt_tokens: got 9"),
+    ],
+)
+def test_settings_without_effect_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**fields)
+
+
 def test_questions_get_a_line_break_a_template_or_the_chat_template(
     model: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -63,13 +152,24 @@ def test_questions_get_a_line_break_a_template_or_the_chat_template(
     chat = Tokenizer(tmp_path)
     assert chat.decode(chat.prompt("2+2=", "")) == "[user] 2+2= ->"
     assert chat.decode(chat.prompt("2+2=", "{question}")) == "2+2="
+    assert chat.decode(chat.prompt("2+2=", "", "Be brief.")) == "[system] Be brief.[user] 2+2= ->"
+    talk = [Message("user", "2+2="), Message("assistant", "5"), Message("user", "Sure?")]
+    assert chat.decode(chat.prompt(talk, "")) == "[user] 2+2=[assistant] 5[user] Sure? ->"
+    with pytest.raises(DataError, match="a list of messages: needs a chat template"):
+        tokenizer.prompt(talk, "")
+    with pytest.raises(DataError, match="a list of messages: needs a chat template"):
+        chat.prompt(talk, "{question}")
+    with pytest.raises(DataError, match=r"data\.system: needs a chat template"):
+        tokenizer.prompt("2+2=", "", "Be brief.")
 
 
 def test_long_prompts_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", "short", "much longer than that")
     order, left_out = PromptOrder.load(DataConfig(path=path, max_prompt_tokens=10), tokenizer, 0)
     assert (len(order), left_out, order.at(0).row) == (1, 1, 0)
-    with pytest.raises(DataError, match=r"max_prompt_tokens: got 3, the shortest prompt of .* has 6 tokens"):
+    order, left_out = PromptOrder.load(DataConfig(path=path, min_prompt_tokens=10), tokenizer, 0)
+    assert (len(order), left_out, order.at(0).row) == (1, 1, 1)
+    with pytest.raises(DataError, match=r"got 1 and 3, the prompts of .* have 6 to 22 tokens; widen them"):
         PromptOrder.load(DataConfig(path=path, max_prompt_tokens=3), tokenizer, 0)
 
 
@@ -79,6 +179,8 @@ def test_measuring_takes_the_held_out_questions_else_the_training_ones(
     train, held = write(tmp_path / "t.jsonl", "a", "b"), write(tmp_path / "h.jsonl", "c")
     assert len(held_out(DataConfig(path=train, held_out=held), tokenizer)) == 1
     assert len(held_out(DataConfig(path=train), tokenizer)) == 2
+    mixed = DataConfig(path="", sources=[SourceConfig(path=train)], held_out=held, epochs=1)
+    assert len(held_out(mixed, tokenizer)) == 1
 
 
 def test_all_of_gsm8k_is_read_and_comes_back_from_its_tokens(test_data: Path, tokenizer: Tokenizer) -> None:
@@ -87,6 +189,14 @@ def test_all_of_gsm8k_is_read_and_comes_back_from_its_tokens(test_data: Path, to
         assert len(examples) == rows
         for example in examples[::50]:
             assert tokenizer.decode(tokenizer.encode(example.question)) == example.question
+
+
+def test_all_of_math_500_is_read(test_data: Path, tokenizer: Tokenizer) -> None:
+    config = DataConfig(
+        path=str(test_data / "math500.jsonl"), question="problem", answer="solution", answer_marker=r"\boxed{"
+    )
+    order, left_out = PromptOrder.load(msgspec.structs.replace(config, max_prompt_tokens=4096), tokenizer, 0)
+    assert (len(order), left_out) == (500, 0)
 
 
 def test_a_folder_without_its_parts_is_no_model(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""The turns of a conversation, laid end to end: what a sample says of its tokens.
+
+Worked example: prompt ``[5, 6]``, the policy's ``[7, 8]`` by version 3, a tool's ``[40]``, the policy's
+``[9]`` by version 4::
+
+    tokens      [5, 6, 7, 8, 40, 9]     prompt_length 2
+    logprobs          [a, b, 0., c]     0 where the policy wrote nothing
+    loss_runs         [2, 1, 1]
+    labels            [(3, "3:..."), (1, "4:...")]    a tool's tokens go with the version before them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from actors.environments.base import Turn
+from actors.errors import SampleError
+from buffer.schema import Sample, Span
+
+
+class Trajectory(msgspec.Struct, frozen=True, eq=False):
+    """A conversation without its reward."""
+
+    tokens: list[int]
+    """Prompt ids, then answer ids. What an environment writes before the policy's first token is prompt;
+    what it writes after the last one is left out."""
+    prompt_length: int
+    logprobs: list[float]
+    """Of each answer token; 0 for those that are not the policy's."""
+    loss_runs: list[int]
+    """As in `buffer.schema.Sample`."""
+    labels: list[tuple[int, str]]
+    """Runs of answer tokens and the label of the version that wrote them; neighbours differ."""
+    finish_reason: str
+    """Of the policy's last turn, `length` where there was no room for one."""
+    final: list[int]
+    """Ids of that turn: what the reward function reads."""
+    trained: int
+    """How many answer tokens are the policy's."""
+    award: float | None
+    """Sum of what the environment awarded; None if it awarded nothing."""
+
+    def sample(self, reward: float, rewards: dict[str, float], versions: dict[str, int]) -> Sample:
+        """The record of it; `versions` numbers the labels as the group's table does."""
+        return Sample(
+            tokens=np.array(self.tokens, np.int32),
+            prompt_length=self.prompt_length,
+            logprobs=np.array(self.logprobs, np.float32),
+            loss_runs=self.loss_runs,
+            spans=[Span(length, versions[label]) for length, label in self.labels],
+            reward=reward,
+            rewards=rewards,
+            finish_reason=self.finish_reason,
+        )
+
+
+def lay_out(prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
+    """The trajectory of a prompt and its turns. Raises `SampleError` if the policy has no turn."""
+    own = [turn for turn in turns if turn.completion is not None]
+    if not own:
+        raise SampleError("environment", f"it returned {len(turns)} turns, expected one of the policy's")
+    opening, answer = _parts(turns)
+    last = own[-1]
+    assert last.completion is not None
+    awards = [turn.reward for turn in turns if turn.reward is not None]
+    return Trajectory(
+        tokens=[*prompt, *opening, *(token for turn in answer for token in turn.tokens)],
+        prompt_length=len(prompt) + len(opening),
+        logprobs=[value for turn in answer for value in _logprobs(turn)],
+        loss_runs=_runs([turn.completion is not None for turn in answer for _ in turn.tokens]),
+        labels=_labels(answer),
+        finish_reason=last.completion.finish_reason,
+        final=last.tokens,
+        trained=sum(len(turn.tokens) for turn in own),
+        award=sum(awards) if awards else None,
+    )
+
+
+def _parts(turns: Sequence[Turn]) -> tuple[list[int], Sequence[Turn]]:
+    """Tokens before the policy's first one, and the turns from that to its last one."""
+    spoken = [index for index, turn in enumerate(turns) if turn.completion is not None and turn.tokens]
+    if not spoken:
+        return [], []
+    opening = [token for turn in turns[: spoken[0]] for token in turn.tokens]
+    return opening, turns[spoken[0] : spoken[-1] + 1]
+
+
+def _logprobs(turn: Turn) -> list[float]:
+    if turn.completion is None:
+        return [0.0] * len(turn.tokens)
+    if turn.completion.tokens != turn.tokens:
+        raise SampleError(
+            "environment", "it changed the tokens of the policy's turn, which must stay as drawn"
+        )
+    return turn.completion.logprobs
+
+
+def _runs(mask: list[bool]) -> list[int]:
+    """Run lengths, alternating, the first of True.
+
+    >>> _runs([True, True, False, True]), _runs([False, True]), _runs([])
+    ([2, 1, 1], [0, 1, 1], [])
+    """
+    runs: list[int] = []
+    for value in mask:
+        while len(runs) % 2 != value:
+            runs.append(0)
+        runs[-1] += 1
+    return runs
+
+
+def _labels(turns: Sequence[Turn]) -> list[tuple[int, str]]:
+    """Runs of one version, from a turn of the policy's on; other tokens continue the run before them."""
+    runs: list[tuple[int, str]] = []
+    for turn in turns:
+        if not turn.tokens:
+            continue
+        label = turn.completion.version_label if turn.completion is not None else runs[-1][1]
+        if runs and label == runs[-1][1]:
+            runs[-1] = (runs[-1][0] + len(turn.tokens), runs[-1][1])
+        else:
+            runs.append((len(turn.tokens), label))
+    return runs

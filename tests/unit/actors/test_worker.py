@@ -1,0 +1,100 @@
+"""One lease in an actor's hands: published, or closed with the reason. The stream is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.config import EngineConfig, LimitsConfig, RolloutConfig
+from actors.errors import EngineError, LoadError
+from actors.worker import Actor, Settings
+from buffer.admission import Drop
+from buffer.codec import decode
+from buffer.config import StreamConfig
+from buffer.schema import Group
+from buffer.stream import Published
+from launch.tiny_model import make_tiny_qwen3
+from tests.unit.actors.scripted import LEASE, ScriptedEngine, said
+
+
+class Written:
+    """A stream that takes every group and remembers it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.groups: list[Group] = []
+
+    async def call(self, call: Any) -> None:
+        self.calls.append(call)
+
+    async def publish(self, call: Any, payload: bytes) -> Published:
+        self.groups.append(decode(payload))
+        return Published("ok", "", "1-0")
+
+
+def obey(text: str, answer: str) -> float:
+    """Hangs on an answer of two tokens; a longer one ends the process."""
+    if len(text) == 2:
+        asyncio.run(asyncio.sleep(600))
+    if len(text) > 2:
+        raise SystemExit(1)
+    return 1.0
+
+
+async def work(folder: Path, engine: ScriptedEngine, reward: str, size: int) -> tuple[Written, Actor]:
+    """One lease, worked on by an actor with that reward."""
+    model = make_tiny_qwen3(folder / "model", seed=0)
+    rollout = RolloutConfig(reward=reward, limits=LimitsConfig(workers=2, deadline_s=2.0))
+    settings = Settings(3, StreamConfig(group_size=size), rollout, EngineConfig())
+    stream = Written()
+    actor = Actor(stream, "actor-0", settings, model, folder)  # type: ignore[arg-type]
+    actor.epoch = "2:x"
+    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe()))  # type: ignore[arg-type]
+    actor._tasks[LEASE.token] = task
+    await actor._slots.acquire()
+    await task
+    await actor._rewards.close()
+    return stream, actor
+
+
+async def test_a_hanging_and_a_crashing_reward_cost_their_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ScriptedEngine(*map(said, ["a", "ab", "b", "abc", "ab"]))
+    with caplog.at_level(logging.WARNING):
+        stream, actor = await work(tmp_path, engine, f"{__name__}:obey", 5)
+    (group,) = stream.groups
+    assert [sample.reward for sample in group.samples] == [1.0, 1.0]
+    assert actor._invalid == {"deadline": 2, "died": 1}
+    assert stream.calls == []
+    assert f"group {LEASE.group}: 3 invalid samples left out; so far" in caplog.text
+
+
+async def test_a_group_without_two_verdicts_is_closed_as_reward(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream, actor = await work(tmp_path, ScriptedEngine(*map(said, ["a", "ab", "ab"])), f"{__name__}:obey", 3)
+    assert stream.groups == []
+    assert stream.calls == [Drop("actor-0", "2:x", LEASE.token, "reward")]
+    assert not actor._failed.done()
+    assert "1 of 3 samples are valid, expected 2 or more (deadline 2)" in caplog.text
+    assert actor._slots._value == RolloutConfig().concurrency
+
+
+async def test_a_reward_that_cannot_be_loaded_ends_the_actor_and_closes_nothing(tmp_path: Path) -> None:
+    engine = ScriptedEngine(said("a"), said("a"))
+    stream, actor = await work(tmp_path, engine, f"{__name__}:nothing", 2)
+    assert (stream.groups, stream.calls) == ([], [])
+    with pytest.raises(LoadError, match=r"rollout\.reward: cannot load .* has no attribute 'nothing'"):
+        await actor._failed
+
+
+async def test_an_engine_that_returns_nothing_closes_the_group_as_engine(tmp_path: Path) -> None:
+    stream, actor = await work(tmp_path, ScriptedEngine(), "actors.rewards:gsm8k", 2)
+    assert stream.calls == [Drop("actor-0", "2:x", LEASE.token, "engine")]
+    with pytest.raises(EngineError, match="got 0 answers, expected 2"):
+        await actor._failed
