@@ -246,6 +246,8 @@ class Model:
         attempt = row.attempt + (reason != "lineage")
         if attempt >= row.limit:
             self.dead += 1
+        elif row.position >= self.tail:  # a server that came back older has not been fed it again
+            self.skip[row.position] = attempt
         elif reason == "stale":
             self.prompts.append((row.position, attempt, row.limit))
         else:

@@ -377,7 +377,7 @@ class Walk:
         """What must hold after each of these."""
         found, expected = vars(self._read()), vars(self.model)
         unlike = {name: (found[name], expected[name]) for name in found if found[name] != expected[name]}
-        assert unlike == {}, "server, model"
+        assert not unlike, f"(server, model): {unlike}"
 
     # How the above is said.
 
