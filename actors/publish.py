@@ -15,6 +15,12 @@ BACK_OFF_S = 1.0
 """Pause before a server that takes nothing more is asked again."""
 
 
+def teaches_nothing(group: Group) -> bool:
+    """Whether all rewards are equal, so that every advantage is 0: what dynamic sampling filters."""
+    rewards = [sample.reward for sample in group.samples]
+    return max(rewards) == min(rewards)
+
+
 async def publish(stream: AsyncStream, group: Group, *, epoch: str, token: str) -> Published:
     """Encodes the group and publishes it under its lease; asks again after a lost reply or a full server.
 

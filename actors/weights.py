@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import msgspec
 
 from actors.engine import Engine
 from buffer.client import AsyncStream
+from buffer.errors import UncommittedVersion
 from buffer.members import Applied
 from weightsync.protocol import JoinGroup, Receive, Request, Score, Scores, decode_request
 
@@ -29,6 +31,7 @@ class WeightWorker:
         self._stream, self._engine = stream, engine
         self._actor, self._epoch, self._applied = actor, epoch, applied
         self._label = ""
+        self._serving: Applied | None = None
 
     async def run(self) -> None:
         """Answers requests until cancelled. Raises `EngineError`."""
@@ -41,6 +44,12 @@ class WeightWorker:
             if request.actor_epoch == self._epoch:
                 await self._answer(request)
 
+    async def say_again(self) -> None:
+        """Says once more which version the engine serves: a Redis that came back older has forgotten it."""
+        if self._serving is not None:
+            with contextlib.suppress(UncommittedVersion):  # the learner has not brought it forward yet
+                await self._stream.call(self._serving)
+
     async def _answer(self, request: Request) -> None:
         match request:
             case JoinGroup(group=group, address=address, port=port):
@@ -49,7 +58,7 @@ class WeightWorker:
                 await self._engine.update_weights(group=group, manifest=manifest)
                 call = Applied(self._actor, self._epoch, manifest.version, manifest.digest)
                 await self._stream.call(call)
-                self._label = manifest.label
+                self._serving, self._label = call, manifest.label
                 self._applied(manifest.version)
             case Score(request=number, sequences=sequences):
                 found = await self._engine.score(sequences)

@@ -32,7 +32,7 @@ from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
 from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
-from actors.publish import BACK_OFF_S, publish
+from actors.publish import BACK_OFF_S, publish, teaches_nothing
 from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
 from actors.weights import WeightWorker
@@ -104,7 +104,7 @@ class Actor:
         weights = WeightWorker(
             self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
         )
-        loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine))]
+        loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine, weights))]
         watched: list[asyncio.Future[Any]] = [*loops, heartbeat, self._failed]
         try:
             await asyncio.wait([*watched, halted], return_when=asyncio.FIRST_COMPLETED)
@@ -133,7 +133,7 @@ class Actor:
     def _on_applied(self, version: int) -> None:
         self._version = version
 
-    async def _lease(self, engine: Engine) -> None:
+    async def _lease(self, engine: Engine, weights: WeightWorker) -> None:
         """Keeps `concurrency` groups in flight."""
         recipe = self._recipe()
         while True:
@@ -143,6 +143,8 @@ class Actor:
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
             else:
                 self._slots.release()
+                if lease.reason in ("no-weights", "old-weights"):
+                    await weights.say_again()
                 await self._stream.take(self._stream.key("places"), _WAIT_S)
 
     async def _admit(self) -> Lease:
@@ -182,6 +184,9 @@ class Actor:
                     missing,
                     dict(self._invalid),
                 )
+            if self._settings.stream.dynamic_sampling and teaches_nothing(group):
+                reason = "filtered"
+                return
             answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
             reason = ""
             if answer.status == "ok":
@@ -205,7 +210,7 @@ class Actor:
         finally:
             del self._tasks[lease.token]
             self._slots.release()
-            if reason in ("reward", "engine"):
+            if reason in ("reward", "engine", "filtered"):
                 await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))
 
     async def _beat(self, stop: asyncio.Event) -> None:

@@ -37,6 +37,7 @@ from buffer.errors import (
     SchemaMismatch,
     SettingsMismatch,
     StreamError,
+    UncommittedVersion,
 )
 from buffer.rights import AsyncClient, AsyncClusterClient, Client, ClusterClient, missing_right
 
@@ -162,6 +163,7 @@ _ERRORS: dict[str, type[StreamError]] = {
     "SLIPNORUN": NoRun,
     "SLIPSETTINGS": SettingsMismatch,
     "SLIPSCHEMA": SchemaMismatch,
+    "SLIPDIGEST": UncommittedVersion,
     "SLIPBEHIND": Behind,
     "SLIPPOSITION": Behind,
     "SLIPNONCE": ForeignRun,

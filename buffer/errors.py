@@ -55,6 +55,10 @@ class Fenced(StreamError):
         return _number(current) < _number(own.rpartition(" ")[2])
 
 
+class UncommittedVersion(StreamError):
+    """Weights that were never committed, or not with this digest, as far as the server knows."""
+
+
 class Behind(StreamError):
     """The server is behind the learner: it came back older, and must be reconciled before anything else."""
 

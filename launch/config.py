@@ -105,8 +105,8 @@ def _explain(message: str) -> str:
     struct: Any = RunConfig
     fields = re.sub(r"\[[^]]*\]", "", section)  # an item of a list or a table: `reward[...]`, `sources[0]`
     for name in filter(None, fields.split(".")):
-        struct = _struct_in(next(f.type for f in msgspec.structs.fields(struct) if f.name == name))
-    return f"{text}; known are {', '.join(struct.__struct_fields__)}"
+        struct = _struct_in(next(f.type for f in msgspec.structs.fields(struct) if f.encode_name == name))
+    return f"{text}; known are {', '.join(struct.__struct_encode_fields__)}"
 
 
 def _struct_in(kind: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def _save(figure: Any, path: Path) -> Path:
 
 def _reward(path: Path, steps: list[dict[str, Any]]) -> Path:
     figure, axes = _axes("Mean reward of the groups a step trained", "step", "reward")
-    across, rewards = [step["step"] for step in steps], [step["reward_mean"] for step in steps]
+    across = [step["step"] for step in steps]
+    rewards = [math.nan if step["reward_mean"] is None else step["reward_mean"] for step in steps]
     smooth = [
         sum(rewards[max(0, i - _WINDOW + 1) : i + 1]) / min(i + 1, _WINDOW) for i in range(len(rewards))
     ]

@@ -52,7 +52,7 @@ def summarise(folder: Path, ledger: Ledger, run: str, seconds: float) -> Summary
     """The summary of the run that left its metrics in `folder`, also written to `summary.json` there."""
     status = of_ledger(run, ledger)
     steps = read_jsonl(folder / "metrics.jsonl")
-    rewards = [step["reward_mean"] for step in steps]
+    rewards = [step["reward_mean"] for step in steps if step["reward_mean"] is not None]
     train_seconds = steps[-1]["time"] - steps[0]["time_batch"] if steps else 0.0
     tokens = sum(step["tokens"] for step in steps)
     report = folder / "report.json"

@@ -44,8 +44,8 @@ class Feeder(threading.Thread):
 
     def _top_up(self) -> None:
         stream = self._session.stream
-        queued, ended = int(stream.redis.llen(stream.key("prompts"))), self._session.data_end >= 0
-        if queued >= self._ahead or ended:
+        queued = int(stream.patiently(lambda: stream.redis.llen(stream.key("prompts"))))
+        if queued >= self._ahead or self._session.data_end >= 0:
             return
         positions = range(self._session.tail, self._session.tail + self._ahead - queued)
         found = [self._order.at(position) for position in positions]

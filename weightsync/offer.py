@@ -22,6 +22,7 @@ import msgspec
 import redis
 
 from buffer.client import Stream
+from buffer.connect import primaries
 from buffer.ledger import ActorRecord
 from weightsync.errors import WeightSyncError
 from weightsync.manifest import Manifest
@@ -179,7 +180,7 @@ class Offers:
 
 def address_towards(stream: Stream) -> str:
     """The address of this host that its Redis, and so the actors, can reach; loopback for a unix socket."""
-    options = stream.redis.get_connection_kwargs()
+    options = primaries(stream.redis)[0].get_connection_kwargs()
     if "host" not in options:
         return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -102,7 +102,11 @@ class LimitedProcess:
 
     async def _loaded(self, timeout_s: float) -> None:
         """Connect, send the load and wait for its reply."""
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._wire, limit=LINE_BYTES)
+        opening = asyncio.ensure_future(asyncio.open_unix_connection(sock=self._wire, limit=LINE_BYTES))
+        try:
+            await asyncio.shield(opening)
+        finally:  # also when cancelled: nobody else could close a connection that is half made
+            self._reader, self._writer = await opening
         try:
             reply = await self._ask(msgspec.json.encode(self._load), 0, timeout_s)
         except SampleError as error:

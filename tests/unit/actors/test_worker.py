@@ -45,11 +45,13 @@ def obey(text: str, answer: str) -> float:
     return 1.0
 
 
-async def work(folder: Path, engine: ScriptedEngine, reward: str, size: int) -> tuple[Written, Actor]:
+async def work(
+    folder: Path, engine: ScriptedEngine, reward: str, size: int, dynamic: bool = False
+) -> tuple[Written, Actor]:
     """One lease, worked on by an actor with that reward."""
     model = make_tiny_qwen3(folder / "model", seed=0)
     rollout = RolloutConfig(reward=reward, limits=LimitsConfig(workers=2, deadline_s=2.0))
-    settings = Settings(3, StreamConfig(group_size=size), rollout, EngineConfig())
+    settings = Settings(3, StreamConfig(group_size=size, dynamic_sampling=dynamic), rollout, EngineConfig())
     stream = Written()
     actor = Actor(stream, "actor-0", settings, model, folder)  # type: ignore[arg-type]
     actor.epoch = "2:x"
@@ -72,6 +74,14 @@ async def test_a_hanging_and_a_crashing_reward_cost_their_samples(
     assert actor._invalid == {"deadline": 2, "died": 1}
     assert stream.calls == []
     assert f"group {LEASE.group}: 3 invalid samples left out; so far" in caplog.text
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+async def test_equal_rewards_are_filtered_under_dynamic_sampling_alone(tmp_path: Path, dynamic: bool) -> None:
+    engine = ScriptedEngine(*map(said, ["a", "b"]))
+    stream, _ = await work(tmp_path, engine, f"{__name__}:obey", 2, dynamic)
+    assert len(stream.groups) == (0 if dynamic else 1)
+    assert stream.calls == ([Drop("actor-0", "2:x", LEASE.token, "filtered")] if dynamic else [])
 
 
 async def test_a_group_without_two_verdicts_is_closed_as_reward(
