@@ -56,11 +56,11 @@ class Workers:
         return result
 
     async def close(self) -> None:
-        """Ends every process. No call may be under way."""
-        while not self._free.empty():
-            process = self._free.get_nowait()
+        """Ends every process, once calls under way have given theirs back; cancelled ones, too."""
+        for process in [await self._free.get() for _ in range(self._limits.workers)]:
             if process is not None:
                 self._end(process)
+            self._free.put_nowait(None)
         await asyncio.gather(*self._ending)
 
     def _end(self, process: LimitedProcess) -> None:
