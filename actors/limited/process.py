@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class LimitedProcess:
         try:
             await started._loaded(start_timeout_s)
         except BaseException:
-            await started.end()
+            await _uncut(started.end())
             raise
         return started
 
@@ -100,13 +101,12 @@ class LimitedProcess:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
+    async def _connect(self) -> None:
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._wire, limit=LINE_BYTES)
+
     async def _loaded(self, timeout_s: float) -> None:
         """Connect, send the load and wait for its reply."""
-        opening = asyncio.ensure_future(asyncio.open_unix_connection(sock=self._wire, limit=LINE_BYTES))
-        try:
-            await asyncio.shield(opening)
-        finally:  # also when cancelled: nobody else could close a connection that is half made
-            self._reader, self._writer = await opening
+        await _uncut(self._connect())
         try:
             reply = await self._ask(msgspec.json.encode(self._load), 0, timeout_s)
         except SampleError as error:
@@ -177,3 +177,13 @@ def _marked(mark: str) -> list[int]:
             if wanted in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
+
+
+async def _uncut(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what a cancellation must not cut short; it is raised when the work is done."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
