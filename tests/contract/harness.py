@@ -202,6 +202,18 @@ class Run:
             found.get(self.stream.key("state").encode(), {}).pop(moving, None)
         return found
 
+    def dump(self) -> dict[bytes, bytes]:
+        """What a server would write of the run to its file."""
+        redis = self.stream.redis
+        return {name: redis.dump(name) for name in redis.scan_iter(f"{{{self.stream.run}}}:*", count=1000)}  # type: ignore[misc]
+
+    def come_back(self, file: dict[bytes, bytes]) -> None:
+        """The server as of a file, nothing at all for an empty one."""
+        for name in self.dump():
+            self.stream.redis.delete(name)
+        for name, value in file.items():
+            self.stream.redis.restore(name, 0, value)
+
     def elapse(self, milliseconds: int) -> None:
         """Lets time pass on the run's clock; the next call expires what is due."""
         self.stream.redis.hincrby(self.stream.key("state"), "clock", milliseconds)

@@ -10,7 +10,8 @@ import msgspec
 from buffer.batches import Manifest
 from buffer.ledger import Snapshot, violations
 from tests.contract.harness import Run
-from tests.contract.model import GONE, PAYLOAD, HeldLease, Model, Row, Work
+from tests.contract.model import Model
+from tests.contract.rows import GONE, PAYLOAD, HeldLease, Row, Work
 
 _RULES = (
     "batch",
@@ -77,6 +78,15 @@ def read_model(run: Run, *, came_back_older: bool = False) -> Model:
     assert counts.assigned == sum(len(model.assigned(step)) for step in kept if step >= model.version)
     assert (counts.trained, len(groups)) == (sum(ledger.staleness.values()), model.payloads())
     return model
+
+
+def nothing_assigned_comes_again(model: Model, known: dict[int, Manifest]) -> None:
+    """No group of the manifests is outstanding, no prompt of a trained one is queued."""
+    assigned = {row.group for manifest in known.values() for row in manifest.rows}
+    assert not assigned & ({lease.group for lease in model.leases.values()} | set(model.ready))
+    groups = [row.group for manifest in known.values() for row in manifest.groups()]
+    trained = {(int(group[:4]), int(group[5:15])) for group in groups}
+    assert not {(model.lineage, position) for position, _, _ in model.prompts} & trained
 
 
 def _decoded(found: dict[bytes, bytes]) -> dict[str, bytes]:

@@ -39,21 +39,6 @@ def step(run: Run, session: Session) -> list[str]:
     return groups
 
 
-def dump(run: Run) -> dict[bytes, bytes]:
-    """What a server would write to its file."""
-    redis = run.stream.redis
-    return {name: redis.dump(name) for name in redis.scan_iter(f"{{{run.stream.run}}}:*")}  # type: ignore[misc]
-
-
-def come_back(run: Run, file: dict[bytes, bytes]) -> None:
-    """The server as of a file."""
-    redis = run.stream.redis
-    for name in redis.scan_iter(f"{{{run.stream.run}}}:*"):
-        redis.delete(name)
-    for name, value in file.items():
-        redis.restore(name, 0, value)
-
-
 def test_a_restored_learner_replays_the_same_batches(run: Run) -> None:
     session = take_over(run)
     trained = [step(run, session) for _ in range(3)]
@@ -105,10 +90,10 @@ def test_a_checkpoint_is_due_before_too_many_steps(stream: Stream) -> None:
 def test_a_server_that_came_back_older_is_brought_forward(run: Run) -> None:
     session = take_over(run)
     step(run, session)
-    file = dump(run)
+    file = run.dump()
     trained = step(run, session)
     late = run.admit("a")
-    come_back(run, file)
+    run.come_back(file)
     assert run.snapshot().number("head") == 1
     session.assign(2)  # finds the server behind, and reconciles
     ledger = run.snapshot()
@@ -133,11 +118,11 @@ def test_leases_nobody_renews_after_a_restart_are_lost(run: Run) -> None:
 
 def test_a_server_older_than_the_memory_is_refused(run: Run) -> None:
     session = take_over(run)
-    file = dump(run)
+    file = run.dump()
     for _ in range(3):
         step(run, session)
     session.known.forget(2)
-    come_back(run, file)
+    run.come_back(file)
     with pytest.raises(LostSteps, match="came back at step 0, and the manifest of step 0 is not kept"):
         session.assign(3)
 
@@ -145,7 +130,7 @@ def test_a_server_older_than_the_memory_is_refused(run: Run) -> None:
 def test_a_wiped_or_swapped_server_stops_the_learner(run: Run, stream: Stream) -> None:
     session = take_over(run)
     memory = session.memory()
-    come_back(run, {})
+    run.come_back({})
     with pytest.raises(ForeignRun, match="wiped or swapped"):
         session.assign(0)
     other = msgspec.json.decode(memory)

@@ -25,8 +25,9 @@ from buffer.prompts import Requeue
 from buffer.session import Session
 from buffer.stream import Publish
 from tests.contract.harness import Run, digest, encoded_prompts
-from tests.contract.model import PAYLOAD, HeldLease, Model, Work
-from tests.contract.reading import read_model
+from tests.contract.model import Model
+from tests.contract.reading import nothing_assigned_comes_again, read_model
+from tests.contract.rows import PAYLOAD, HeldLease, Work
 
 LEASE_MS = 1000
 REASONS = ("released", "engine", "reward", "poison", "filtered")
@@ -167,20 +168,14 @@ class Walk:
 
     def save(self) -> None:
         """The server writes its file."""
-        redis = self.run.stream.redis
-        names = list(redis.scan_iter(match=f"{{{self.run.stream.run}}}:*", count=1000))
-        self.saved = {name: redis.dump(name) for name in names}
-        self.saved_lineage = self.model.lineage
+        self.saved, self.saved_lineage = self.run.dump(), self.model.lineage
 
     def roll_back(self) -> None:
         """The server comes back as of its file, and is brought forward; actors join again if they must."""
         if not self.saved or self.saved_lineage != self.model.lineage:
             return
-        redis, before = self.run.stream.redis, self.model
-        for name in redis.scan_iter(match=f"{{{self.run.stream.run}}}:*", count=1000):
-            redis.delete(name)
-        for name, value in self.saved.items():
-            redis.restore(name, 0, value)
+        before = self.model
+        self.run.come_back(self.saved)
         self.run.stop_clock()
         self.session.reconcile()
         for name in self.names:
@@ -189,7 +184,7 @@ class Walk:
         after = self.model = self._read()
         assert (after.lineage, after.head, after.version) == (before.lineage, before.head, before.version)
         assert after.trained == before.trained, "trained less, or more"
-        self._nothing_assigned_comes_again(after)
+        nothing_assigned_comes_again(after, self.session.known.manifests)
         self._forget_calls()
         self.saved = {}
 
@@ -200,15 +195,6 @@ class Walk:
             if not error.came_back_older:
                 raise
             self.run.join_actor(name)
-
-    def _nothing_assigned_comes_again(self, after: Model) -> None:
-        known = self.session.known.manifests
-        assigned = {row.group for manifest in known.values() for row in manifest.rows}
-        outstanding = {lease.group for lease in after.leases.values()} | set(after.ready)
-        assert not assigned & outstanding
-        last = {row.group: row for manifest in known.values() for row in manifest.groups()}
-        trained = {(int(group[:4]), int(group[5:15])) for group in last}
-        assert not {(after.lineage, position) for position, _, _ in after.prompts} & trained
 
     # What the actors do.
 
