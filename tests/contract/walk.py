@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 
 from buffer.admission import Admit, Drop, Lease
 from buffer.batches import Assign
@@ -329,7 +328,7 @@ class Walk:
 
     def requeue(self, choice: int) -> None:
         """The prompt of a dead letter is put back, once; letters of returned prompts hold none."""
-        letters: Any = self.run.stream.redis.xrange(self._key("dead"))
+        letters: Any = self.run.stream.redis.xrange(self.run.stream.key("dead"))
         if letters:
             entry, letter = letters[choice % len(letters)]
             if not letter[b"prompt"]:
@@ -353,7 +352,7 @@ class Walk:
     def clock_jumps(self, choice: int) -> None:
         """The server's clock jumps by years: the run's clock advances by one second."""
         actor = self._actor(choice)
-        self._redis().hset(self._key("state"), "last", 0)
+        self.run.stream.redis.hset(self.run.stream.key("state"), "last", 0)
         with self._expiring():
             self.run.heartbeat(actor)
             self.model.tick(1000)
@@ -369,12 +368,6 @@ class Walk:
 
     def _read(self) -> Model:
         return read_model(self.run, came_back_older=self.came_back_older)
-
-    def _redis(self) -> redis.Redis:
-        return self.run.stream.redis
-
-    def _key(self, name: str) -> str:
-        return self.run.stream.key(name)
 
     def _actor(self, choice: int) -> str:
         return self.names[choice % len(self.names)]
@@ -404,9 +397,6 @@ class Walk:
 
     @contextmanager
     def _expiring(self) -> Iterator[None]:
-        calls = {
-            lease.token: self._publish_call(lease, lease.version) for lease in self.model.leases.values()
-        }
-        granted = set(self.model.leases)
+        calls = {held.token: self._publish_call(held, held.version) for held in self.model.leases.values()}
         yield
-        self.over += [calls[token] for token in granted - self.model.leases.keys()]
+        self.over += [calls[token] for token in calls.keys() - self.model.leases.keys()]
