@@ -364,8 +364,6 @@ class Walk:
         unlike = {name: (found[name], expected[name]) for name in found if found[name] != expected[name]}
         assert not unlike, f"(server, model): {unlike}"
 
-    # How the above is said.
-
     def _read(self) -> Model:
         return read_model(self.run, came_back_older=self.came_back_older)
 
