@@ -41,8 +41,6 @@ class Session:
 
     def __init__(self, stream: Stream, joined: Joined, known: Known) -> None:
         self.stream, self.epoch, self.known = stream, joined.epoch, known
-        self.tail = joined.tail
-        """Position of the next prompt to feed, as Redis has it."""
         self.data_end = joined.data_end
         """Position at which the data ends, -1 while that is not known."""
         self._lock = threading.RLock()
@@ -76,6 +74,11 @@ class Session:
         """The newest committed version, -1 for none."""
         return self.known.version
 
+    @property
+    def tail(self) -> int:
+        """Position of the next prompt to feed, as Redis last had it."""
+        return self.known.tail
+
     def feed(self, position: int, prompts: tuple[bytes, ...], *, final: bool = False) -> Fed:
         """Appends prompts; raises `Behind` if `position` is not the tail, which `tail` then tells."""
         try:
@@ -86,7 +89,7 @@ class Session:
         except Fenced as error:
             self.reconcile()  # raises, unless the server came back older
             raise Behind(f"the server came back older; the queue's tail is {self.tail}") from error
-        self.tail = self.known.tail = fed.tail
+        self.known.tail = fed.tail
         self.data_end = fed.tail if final else -1
         return fed
 
@@ -142,7 +145,7 @@ class Session:
             known.checkpoint, known.covered = min(known.checkpoint, at), min(known.covered, at - 1)
             known.manifests = {step: rows for step, rows in known.manifests.items() if step < at}
             known.versions = {version: digest for version, digest in known.versions.items() if version <= at}
-            self.tail = known.tail = answer.tail
+            known.tail = answer.tail
         return answer
 
     def leave(self, reason: str) -> int:
@@ -167,7 +170,7 @@ class Session:
                     f"run {self.stream.run} is gone from its server, which was wiped or swapped: {error}"
                 ) from error
             self._server, self._lost = server, self.stream.lost
-            self.tail = self.known.tail = answer.tail
+            self.known.tail = answer.tail
             self.data_end = -1
 
     def _call(self, call: Call[Reply]) -> Reply:
