@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import msgspec
@@ -49,11 +49,16 @@ def work(quick: bool) -> None:
 
 
 def sweep(tasks: list[str], seeds: int, jobs: int, quick: bool) -> list[dict]:
-    """The outcomes of all runs, in the order of `cells`. A job has whole seeds, to warm up only once."""
+    """The outcomes of all runs, in the order of `cells`.
+
+    A job has neighbours among the runs sorted by task and seed: few of them to warm up for.
+    """
     runs = cells(tasks, seeds)
+    sorted_runs = sorted(runs, key=lambda run: (run[0], run[3]))
     command = [sys.executable, "-m", "benchmarks.staleness_sweep", "--job", *(["--quick"] if quick else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    parts = [[run for run in runs if (tasks.index(run[0]) + run[3]) % jobs == job] for job in range(jobs)]
+    bounds = [len(runs) * job // jobs for job in range(jobs + 1)]
+    parts = [sorted_runs[start:end] for start, end in pairwise(bounds)]
     processes = []
     for part in parts:
         text = "".join(json.dumps(run) + "\n" for run in part)
