@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,19 @@ import numpy as np
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.errors import EngineError
-from actors.server import Server, command, environment
+from actors.server import Server, command, environment, ranks
 from buffer.local_server import free_port
+from weightsync.errors import Untouched
+from weightsync.holder import Held
 from weightsync.manifest import Manifest
+from weightsync.ticket import LOADER, Ticket, hand_in, reports
 
 POLL_S = 0.1
 """How often a starting server is asked whether it is ready."""
 PROBE_S = 5.0
 """How long `alive` waits for an answer."""
+_NOTHING = "gARdlC4="
+"""An empty list in the form in which SGLang takes tensors; the ticket says what to load."""
 
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
@@ -45,6 +51,15 @@ class Completion(msgspec.Struct, frozen=True):
     """`stop`: an end-of-sequence or stop token; `length`: the token limit."""
     version_label: str
     """Label of the version the engine served when the answer was complete."""
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """How a version was loaded."""
+
+    pause_s: float
+    """Seconds in which the engine could not generate."""
+    way: str
+    """As in `weightsync.ticket.Report`."""
 
 
 class Finish(msgspec.Struct):
@@ -76,6 +91,10 @@ class Engine:
     def __init__(self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str]) -> None:
         """Use `start`."""
         self._server, self._config, self._keys = server, config, keys
+        self._open, self._idle, self._running, self._ticket = asyncio.Event(), asyncio.Event(), 0, 0
+        self._open.set()
+        self._idle.set()
+        self._label = ""
         self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
 
     @classmethod
@@ -186,6 +205,26 @@ class Engine:
             "flush_cache": False,
         }
         await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+        self._label = manifest.label
+
+    async def load_weights(self, held: Held, *, check: bool) -> Loaded:
+        """Load a staged version and serve it: requests under way are finished first, new ones wait.
+
+        Raises `Untouched` if the engine refused the version and serves the old one entirely, `EngineError`
+        if its weights are unknown now: it answers nothing any more, and is to be killed.
+        """
+        self._open.clear()
+        try:
+            began = await self._quiet()
+            way = await self._obey(Ticket(self._next_ticket(), held.image.path, held.encoded, check))
+        except Untouched:
+            self._open.set()
+            raise
+        label = {"new_version": held.manifest.label, "abort_all_requests": False}
+        await self._post("/update_weight_version", label, self._config.update_timeout_s)
+        self._label = held.manifest.label
+        self._open.set()
+        return Loaded(asyncio.get_running_loop().time() - began, way)
 
     async def alive(self) -> bool:
         """Whether the server answers, generating or not."""
@@ -206,6 +245,58 @@ class Engine:
         """End the server's process group at once; `stop` is still to be called."""
         self._server.kill()
 
+    async def _quiet(self) -> float:
+        """Waits until nothing is generated; when that was. Raises `Untouched` if it takes too long."""
+        timeout_s = self._config.update_timeout_s
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError as error:
+            raise Untouched(
+                f"engine {self._server.name}: {self._running} requests were not finished within "
+                f"{timeout_s:g} s; raise engine.update_timeout_s above the longest answer"
+            ) from error
+        return asyncio.get_running_loop().time()
+
+    def _next_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket
+
+    async def _obey(self, ticket: Ticket) -> str:
+        """Have every rank of the engine obey a ticket; the way it was loaded.
+
+        Raises `Untouched`, `EngineError`.
+        """
+        hand_in(self._server.folder, ticket)
+        count = ranks(self._config)
+        body = {
+            "serialized_named_tensors": [_NOTHING] * count,
+            "load_format": LOADER,
+            # Prefixes are cached under the version's name; a flush that finds a request ends the server.
+            "flush_cache": False,
+        }
+        await self._post("/update_weights_from_tensor", body, self._config.update_timeout_s)
+        found = reports(self._server.folder, ticket.number)
+        problems = [report.problem for report in found if report.problem]
+        if len(found) == count and not problems:
+            return found[0].way
+        told = "; ".join(problems) or f"got {len(found)} reports, expected one of each of {count} ranks"
+        if len(found) == count and not any(report.touched for report in found):
+            raise Untouched(f"engine {self._server.name}: {told}")
+        raise EngineError(f"engine {self._server.name}: half of a version may be loaded: {told}; kill it")
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Waits until requests may begin, and counts the one made within."""
+        await self._open.wait()
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if self._running == 0:
+                self._idle.set()
+
     async def _ready(self) -> None:
         """Wait until the server answers."""
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout_s
@@ -218,8 +309,16 @@ class Engine:
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
     ) -> list[Answer]:
         """One ``/generate`` call for a list of prompts, each with its sampling parameters."""
-        body = {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True, **options}
-        content = await self._post("/generate", body, self._config.request_timeout_s)
+        async with self._turn():
+            body = {
+                "input_ids": prompts,
+                "sampling_params": parameters,
+                "return_logprob": True,
+                # A cached prefix is of use to the version that computed it only.
+                "extra_key": self._label,
+                **options,
+            }
+            content = await self._post("/generate", body, self._config.request_timeout_s)
         try:
             answers = msgspec.json.decode(content, type=list[Answer])
         except msgspec.DecodeError as error:

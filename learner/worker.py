@@ -35,8 +35,9 @@ from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
 from weightsync.config import WeightSyncConfig
+from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
-from weightsync.offer import Offers, address_towards
+from weightsync.offer import Offers, open_offers
 
 if TYPE_CHECKING:
     from learner.sft import SftProgress
@@ -137,18 +138,18 @@ class Learner:
         rules = self._settings.stream
         return Feeder(session, order, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
-    def _offers(self, session: Session) -> Offers:
-        settings = self._settings.weightsync
-        return Offers(
+    def _offers(self, session: Session) -> Offers | Lanes:
+        return open_offers(
             self._stream,
-            learner_epoch=session.epoch.partition(":")[0],
-            address=settings.address or address_towards(self._stream),
-            timeout_s=settings.timeout_s,
+            self._settings.weightsync,
+            learner_epoch=int(session.epoch.partition(":")[0]),
+            lineage=session.known.lineage,
+            kept_on_disk=self._settings.stream.max_staleness + 2,
             log=log.info,
         )
 
     def _train(
-        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, feeder: Feeder
+        self, trainer: Trainer, session: Session, offers: Offers | Lanes, record: RunRecord, feeder: Feeder
     ) -> Manifest:
         """All steps; the last version's manifest."""
         manifest = self._publish(trainer, session, offers)
@@ -162,7 +163,7 @@ class Learner:
             manifest = self._step(trainer, session, offers, record, batch)
         return manifest
 
-    def _publish(self, trainer: Trainer, session: Session, offers: Offers) -> Manifest:
+    def _publish(self, trainer: Trainer, session: Session, offers: Offers | Lanes) -> Manifest:
         """Commits the current version and offers it to the engines."""
         tensors = trainer.export()
         manifest = Manifest.of(trainer.version, tensors)
@@ -172,7 +173,7 @@ class Learner:
         return manifest
 
     def _step(
-        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, batch: Batch
+        self, trainer: Trainer, session: Session, offers: Offers | Lanes, record: RunRecord, batch: Batch
     ) -> Manifest:
         """Trains one batch, commits the version it makes, records what happened."""
         began = time.time()

@@ -23,6 +23,8 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.step import Trainer
 from learner.verify import WeightCheck, check_engines
 from tests.contract.harness import Run
+from weightsync.config import WeightSyncConfig
+from weightsync.holder import Holder
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 
@@ -66,17 +68,20 @@ async def push(
     joined = await actor.call(JoinActor(secrets.token_hex(16), "a", "host"))
     await actor.call(Heartbeat("a", joined.epoch, "running", "{}", ()))
     served: asyncio.Queue[int] = asyncio.Queue()
-    worker = WeightWorker(actor, engine, actor="a", epoch=joined.epoch, applied=served.put_nowait)
+    holder, config = Holder("127.0.0.1"), WeightSyncConfig(timeout_s=30)
+    worker = WeightWorker(
+        actor, engine, holder, config, actor="a", epoch=joined.epoch, lag=1, applied=served.put_nowait
+    )
     task = asyncio.create_task(worker.run())
-    # Group names carry the learner's epoch: every push of this module needs one of its own.
-    offers = Offers(learner, learner_epoch=name, address="127.0.0.1", timeout_s=30, log=print)
-    with offers:
+    epoch = int(run.epochs["learner"].partition(":")[0])
+    with Offers(learner, learner_epoch=epoch, config=config, log=print) as offers:
         offers.publish(manifest, tensors)
         assert await asyncio.wait_for(served.get(), 30) == manifest.version
         assert learner.call(Snapshot()).actors["a"].version == manifest.version
         check = await asyncio.to_thread(check_engines, learner, manifest, SEQUENCES, expected, timeout_s=20)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+    holder.close()
     await actor.close()
     return check
 
