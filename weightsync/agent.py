@@ -91,7 +91,7 @@ class Agent:
         self._served = self._void = ""
         self._changed = asyncio.Event()
         self._staging: tuple[str, Staging] | None = None
-        self._ended = threading.Event()
+        self._ended, self._fetching = threading.Event(), threading.Lock()
         self._told = ""
 
     def hear(self, offer: Offer) -> None:
@@ -110,8 +110,8 @@ class Agent:
                     await self._pause()
         finally:
             self._ended.set()
-            if self._staging is not None:
-                self._staging[1].close()
+            if self._fetching.acquire(blocking=False):  # else the thread sees the end and does it
+                self._forget()
 
     async def _next(self) -> Offer:
         """The newest offer, once it is not what is served already."""
@@ -173,7 +173,20 @@ class Agent:
         return self._wanted.version - offer.version if self._wanted is not None else 0
 
     def _fetch(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image]:
-        """The version from the first sources that give it (in a thread)."""
+        """The version from the first sources that give it (in a thread). What is of no use is forgotten."""
+        with self._fetching:
+            try:
+                return self._pull(offer, sources)
+            except Superseded:
+                self._forget()
+                raise
+
+    def _forget(self) -> None:
+        if self._staging is not None:
+            self._staging[1].close()
+            self._staging = None
+
+    def _pull(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image]:
         problems: list[str] = []
         for transport, source in self._ways(sources, None):
             try:
@@ -207,7 +220,7 @@ class Agent:
         if self._staging is not None:
             if self._staging[0] == offer.label:
                 return self._staging[1]
-            self._staging[1].close()
+            self._forget()
         manifest = decode_manifest(encoded, offer.manifest)
 
         def go_on() -> None:
