@@ -280,7 +280,7 @@ class Engine:
         if len(found) == count and not problems:
             return found[0].way
         told = "; ".join(problems) or f"got {len(found)} reports, expected one of each of {count} ranks"
-        if len(found) == count and not any(report.touched for report in found):
+        if len(problems) == count and not any(report.touched for report in found):
             raise Untouched(f"engine {self._server.name}: {told}")
         raise EngineError(f"engine {self._server.name}: half of a version may be loaded: {told}; kill it")
 

@@ -82,10 +82,12 @@ class Image:
 
     def writable(self) -> mmap.mmap:
         """A mapping to write into; it must be closed before `seal`."""
+        assert self.descriptor >= 0, "closed"  # mmap would take -1 for memory of nobody
         return mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def readable(self) -> mmap.mmap:
         """A mapping to read from; it outlives `close`."""
+        assert self.descriptor >= 0, "closed"
         return mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def seal(self) -> None:
