@@ -63,7 +63,7 @@ class Holder:
         """Serves at a free port of `address`, an address of this host."""
         self.token = secrets.token_hex(16)
         self.served_bytes = 0
-        """Bytes of versions sent so far."""
+        """Bytes of versions pulled from here so far."""
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._server = _Server((address, 0), self)
@@ -174,9 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
             first, count = _range_of(self.headers.get("Range", ""), size)
             if count <= 0:
                 return self._send(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"")
+            holder.served_bytes += count
             self._head(HTTPStatus.PARTIAL_CONTENT, count)
             self.connection.sendfile(image, first, count)
-            holder.served_bytes += count
         return None
 
     def _send(self, status: HTTPStatus, content: bytes) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 import msgspec
 
@@ -40,6 +41,7 @@ class Dying(Holder):
         if path.endswith("/data"):
             if self._left == 0:
                 os.kill(os.getpid(), self._signal)
+                threading.Event().wait()  # a stop takes a moment to reach this thread
             self._left -= 1
         return super().answer(path)
 
