@@ -1,71 +1,18 @@
-"""Data sets of questions and gold answers, and the deterministic order in which a run asks them.
-
-A data set is a JSONL file with a field for the question and one for the gold answer; GSM8K's is
-`question`, and `answer` ending in `#### <final answer>`.
-"""
+"""The deterministic order in which a run asks the questions of its data sets."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import msgspec
 
 from buffer.schema import Prompt
 from learner.config import DataConfig, SourceConfig
 from learner.errors import DataError
-from learner.tokenizer import Message, Tokenizer
-
-
-class Example(msgspec.Struct, frozen=True):
-    """A row of a data set."""
-
-    row: int
-    """Line of the file, from 0."""
-    question: str | list[Message]
-    """A text, or a conversation for the chat template."""
-    answer: str
-    """The gold answer as given."""
-
-
-def load_jsonl(
-    path: Path, *, question: str = "question", answer: str = "answer", marker: str = "####"
-) -> list[Example]:
-    """All examples of a file; the fields' names are `question` and `answer`, and every gold answer holds
-    `marker`. Raises `DataError` naming file and line."""
-    if not path.is_file():
-        raise DataError(f"data.path: no file {path}; give a JSONL file with `{question}` and `{answer}`")
-    line_type = msgspec.defstruct(
-        "Line",
-        [
-            ("question", str | list[Message], msgspec.field(name=question)),
-            ("answer", str, msgspec.field(name=answer)),
-        ],
-    )
-    decoder, examples = msgspec.json.Decoder(line_type), []
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                example = decoder.decode(line)
-            except msgspec.MsgspecError as error:
-                problem = f"{path}, line {row + 1}: {error}; expected an object with `{question}` and"
-                raise DataError(f"{problem} `{answer}`") from error
-            if marker not in example.answer:
-                problem = (
-                    f"{path}, line {row + 1}: {answer}: got {example.answer[-40:]!r}, expected it to end"
-                )
-                raise DataError(
-                    f"{problem} in `{marker} <final answer>`; or set data.answer_marker to what the gold "
-                    "answers hold"
-                )
-            examples.append(Example(row, example.question, example.answer))
-    if not examples:
-        raise DataError(f"{path}: no examples in it")
-    return examples
+from learner.rows import Example, load_rows
+from learner.tokenizer import Tokenizer
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -139,8 +86,8 @@ class PromptOrder:
         shares = []
         rows = asked = 0
         for source in _sources(config):
-            examples = load_jsonl(
-                Path(source.path),
+            examples = load_rows(
+                source.path,
                 question=source.question,
                 answer=source.answer,
                 marker=config.answer_marker,

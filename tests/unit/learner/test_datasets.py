@@ -15,8 +15,9 @@ import pytest
 from buffer.schema import Prompt
 from launch.tiny_model import make_tiny_qwen3
 from learner.config import DataConfig, SourceConfig
-from learner.datasets import PromptOrder, Share, held_out, load_jsonl
+from learner.datasets import PromptOrder, Share, held_out
 from learner.errors import ConfigError, DataError, ModelError
+from learner.rows import load_rows
 from learner.tokenizer import Message, Tokenizer, model_files
 
 
@@ -185,7 +186,7 @@ def test_measuring_takes_the_held_out_questions_else_the_training_ones(
 
 def test_all_of_gsm8k_is_read_and_comes_back_from_its_tokens(test_data: Path, tokenizer: Tokenizer) -> None:
     for name, rows in (("gsm8k_train.jsonl", 7473), ("gsm8k_test.jsonl", 1319)):
-        examples = load_jsonl(test_data / name)
+        examples = load_rows(str(test_data / name))
         assert len(examples) == rows
         for example in examples[::50]:
             assert tokenizer.decode(tokenizer.encode(example.question)) == example.question
