@@ -27,6 +27,7 @@ from launch.local import (
     start_learner,
     start_recorder,
 )
+from launch.nodes import Nodes
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
 from launch.tiny_model import FAMILIES, make_tiny
@@ -80,7 +81,7 @@ def run_demo(
         print(f"run {config.name}: files in {folder}, Redis URL in {url}", file=sys.stderr)
         stream = Stream.connect(server.socket_url, config.name)
         recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
-        learner = start_learner(children, config, server.socket_url, folder)
+        learner = start_learner(children, config, server.socket_url, folder, Nodes())
         names = actor_names(stream.redis, config.name, actors)
         workers = [
             start_actor(children, config.name, name, server.socket_url, folder / "logs") for name in names
