@@ -27,7 +27,7 @@ def demo(args: argparse.Namespace) -> int:
     config = _config(args, [demo_file()], overrides)
     if config is None:
         return 0
-    return _finish(run_demo(config, args.actors, record=args.record), args.json)
+    return _finish(run_demo(config, args.actors, family=args.family, record=args.record), args.json)
 
 
 def learner(args: argparse.Namespace) -> int:
