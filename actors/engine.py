@@ -36,6 +36,10 @@ PROBE_S = 5.0
 _NOTHING = "gARdlC4="
 """An empty list in the form in which SGLang takes tensors; the ticket says what to load."""
 
+KEEP_ALIVE_S = 2.0
+"""How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
+server is closing and fail."""
+
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
 
@@ -95,7 +99,8 @@ class Engine:
         self._open.set()
         self._idle.set()
         self._label = ""
-        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._http = aiohttp.ClientSession(url, connector=connector)
 
     @classmethod
     async def start(
