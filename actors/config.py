@@ -30,8 +30,11 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds from the start of the process to its first answer."""
     request_timeout_s: Positive = 300.0
     """Seconds for the samples of one prompt, waiting in the server included."""
+    pause: Literal["abort", "finish"] = "abort"
+    """What becomes of samples under way when a new version comes. `abort`: they are ended, keep their
+    tokens, and go on under the new one; `finish`: they are finished first."""
     update_timeout_s: Positive = 60.0
-    """Seconds for a new version; the samples under way are finished first."""
+    """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
     """More options of SGLang's server by their long names, such as `{"tp-size" = 4}`; `true` gives the
     bare flag. They win over ours."""

@@ -94,7 +94,7 @@ async def test_answers_carry_transformers_logprobs_after_temperature(engine, mod
         for answer in group:
             expected = reference(model, [3] * length + answer.tokens, temperature)[length - 1 :]
             np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4)
-            assert answer.version_label == "default"
+            assert answer.labels == [(len(answer.tokens), "default")]
 
 
 async def test_a_seed_repeats_an_answer_and_another_changes_it(engine: Engine) -> None:
@@ -149,7 +149,7 @@ async def test_weights_arrive_over_gloo_and_the_label_follows(engine: Engine, tm
         found = await engine.score([PROMPT])
         np.testing.assert_allclose(found[0], reference(new, PROMPT), atol=1e-4)
         answer = (await engine.generate(PROMPT, [1], SamplingConfig(max_new_tokens=4)))[0]
-        assert answer.version_label == manifest.label
+        assert answer.labels == [(len(answer.tokens), manifest.label)]
     group.close()
 
 
