@@ -106,11 +106,30 @@ class EnvironmentConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     """Seconds for one sample, generation included; after that the sample is invalid."""
 
 
+class AdaptiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Groups in flight as the engine's load allows."""
+
+    least: Count = 1
+    """Fewest groups in flight."""
+    most: Count = 64
+    """Most groups in flight."""
+    every_s: Positive = 2.0
+    """Seconds between two looks at the engine's load."""
+    usage_max: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    """Share of the engine's cache above which it is overloaded."""
+    add: Count = 1
+    """How many more, while the engine has room and groups wait for a place."""
+    factor: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
+    """What the number is multiplied by when the engine is overloaded."""
+
+
 class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What an actor does with its leases."""
 
     concurrency: Count = 4
-    """Groups an actor keeps in flight."""
+    """Groups an actor keeps in flight; with `adaptive`, at first."""
+    adaptive: AdaptiveConfig | None = None
+    """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     reward: str | dict[str, RewardPart] = "actors.rewards:gsm8k"
@@ -122,3 +141,11 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     """A group whose every reward is at most this counts its question as failed."""
     limits: LimitsConfig = LimitsConfig()
     """Processes that run the reward functions."""
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that exclude the beginning. Raises `ValueError`; msgspec adds the path."""
+        if (bounds := self.adaptive) and not bounds.least <= self.concurrency <= bounds.most:
+            raise ValueError(
+                f"concurrency: got {self.concurrency}, expected {bounds.least} to {bounds.most}, which are "
+                "adaptive.least and adaptive.most; change one of the three"
+            )

@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
 from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
@@ -33,6 +34,8 @@ POLL_S = 0.1
 PROBE_S = 5.0
 """How long `alive` waits for an answer."""
 
+LOADS = "/v1/loads?include=core"
+"""Where the server says how much it has to do."""
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
 server is closing and fail."""
@@ -61,6 +64,20 @@ class Answer(msgspec.Struct):
 
     output_ids: list[int]
     meta_info: Meta
+
+
+class _Rank(msgspec.Struct):
+    """The parts of one rank's load that are read."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    token_usage: float
+
+
+class _Loads(msgspec.Struct):
+    """SGLang's answer to ``/v1/loads``."""
+
+    loads: list[_Rank]
 
 
 class Engine:
@@ -161,6 +178,21 @@ class Engine:
                     found = [value for value, *_ in answer.meta_info.input_token_logprobs[1:]]
                     scores[index] = np.array(found, np.float32)
         return [scores[index] for index in range(len(sequences))]
+
+    async def load(self) -> Load:
+        """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
+        content = await self._request("GET", LOADS, None, PROBE_S)
+        try:
+            ranks = msgspec.json.decode(content, type=_Loads).loads
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
+            ) from error
+        return Load(
+            sum(rank.num_running_reqs for rank in ranks),
+            sum(rank.num_waiting_reqs for rank in ranks),
+            max((rank.token_usage for rank in ranks), default=0.0),
+        )
 
     async def join_group(self, *, group: str, address: str, port: int) -> None:
         """Meet the learner, which listens at `address`, in a two-rank gloo group; the engine is rank 1.
@@ -273,7 +305,7 @@ class Engine:
 
     async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
         """The body of a good answer."""
-        key = self._keys[0] if path in ("/generate", "/model_info") else self._keys[1]
+        key = self._keys[0] if path in ("/generate", "/model_info", LOADS) else self._keys[1]
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:

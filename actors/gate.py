@@ -25,6 +25,8 @@ class Gate:
     """
 
     def __init__(self) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        """Called after every change of `within` and `is_open`."""
         self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
@@ -46,12 +48,14 @@ class Gate:
         await self._open.wait()
         self._within += 1
         self._empty.clear()
+        self.changed()
         try:
             yield
         finally:
             self._within -= 1
             if self._within == 0:
                 self._empty.set()
+            self.changed()
 
     @asynccontextmanager
     async def closed(
@@ -63,6 +67,7 @@ class Gate:
         Raises `EngineError` after `timeout_s`.
         """
         self._open.clear()
+        self.changed()
         try:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -75,6 +80,7 @@ class Gate:
             yield
         finally:
             self._open.set()
+            self.changed()
 
     async def _emptied(self, end: Callable[[], Awaitable[None]] | None) -> None:
         while not self._empty.is_set():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 import redis
 
 from buffer.client import Stream
@@ -111,6 +112,8 @@ def follow(
 ) -> Ledger | None:
     """Shows progress until the learner's rank 0 ends; the last snapshot, None if there never was a run.
 
+    Actors that have left since are in it as they were seen last.
+
     Raises `LaunchError` if a rank of the learner, or every actor, fails.
     """
     progress, ledger, told, learner = Progress(), None, False, ranks[0]
@@ -134,7 +137,10 @@ def follow(
         time.sleep(_LOOK_S)
     progress.close()
     _check_ranks(ranks)
-    return _look(stream) or ledger
+    final = _look(stream)
+    if final is None or ledger is None:
+        return final or ledger
+    return msgspec.structs.replace(final, actors={**ledger.actors, **final.actors})
 
 
 def _check_ranks(ranks: Sequence[Child]) -> None:

@@ -131,6 +131,18 @@ async def test_the_stop_token_is_the_last_token_with_its_logprob(engine: Engine,
     assert (only[0].tokens, only[0].finish_reason) == ([word], "stop")
 
 
+async def test_the_engine_says_how_much_it_has_to_do(engine: Engine) -> None:
+    sampling = SamplingConfig(max_new_tokens=400, ignore_eos=True)
+    generating = asyncio.create_task(engine.generate(PROMPT, range(6), sampling))
+    running, usage = 0, 0.0
+    while not generating.done():
+        load = await engine.load()
+        running, usage = max(running, load.running), max(usage, load.usage)
+        await asyncio.sleep(0.05)
+    assert running == 6
+    assert 0.0 < usage < 1.0
+
+
 async def test_a_refused_request_says_why(engine: Engine) -> None:
     with pytest.raises(EngineError, match="/generate: status 400"):
         await engine.generate([1] * 2000, [0], SamplingConfig())
