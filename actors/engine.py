@@ -20,8 +20,11 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
+from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
+from actors.gate import Gate
 from actors.server import Server, command, environment, ranks
 from buffer.local_server import free_port
 from weightsync.errors import Untouched
@@ -36,6 +39,8 @@ PROBE_S = 5.0
 _NOTHING = "gARdlC4="
 """An empty list in the form in which SGLang takes tensors; the ticket says what to load."""
 
+LOADS = "/v1/loads?include=core"
+"""Where the server says how much it has to do."""
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
 server is closing and fail."""
@@ -44,24 +49,11 @@ Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
 
 
-class Completion(msgspec.Struct, frozen=True):
-    """One answer."""
-
-    tokens: list[int]
-    """Token ids; an end-of-sequence or stop token that ended the answer is the last of them."""
-    logprobs: list[float]
-    """Log-probability of each token over the full vocabulary, after temperature."""
-    finish_reason: Literal["stop", "length"]
-    """`stop`: an end-of-sequence or stop token; `length`: the token limit."""
-    version_label: str
-    """Label of the version the engine served when the answer was complete."""
-
-
 class Loaded(msgspec.Struct, frozen=True):
     """How a version was loaded."""
 
     pause_s: float
-    """Seconds in which the engine could not generate."""
+    """Seconds in which no request could begin."""
     way: str
     """As in `weightsync.ticket.Report`."""
 
@@ -69,8 +61,7 @@ class Loaded(msgspec.Struct, frozen=True):
 class Finish(msgspec.Struct):
     """Why SGLang ended an answer."""
 
-    type: str
-    message: str = ""
+    type: Literal["stop", "length", "abort"]
 
 
 class Meta(msgspec.Struct):
@@ -89,16 +80,31 @@ class Answer(msgspec.Struct):
     meta_info: Meta
 
 
+class _Rank(msgspec.Struct):
+    """The parts of one rank's load that are read."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    token_usage: float
+
+
+class _Loads(msgspec.Struct):
+    """SGLang's answer to ``/v1/loads``."""
+
+    loads: list[_Rank]
+
+
 class Engine:
     """A running server with its HTTP client. Made by `start`; ended by `stop` or `kill`."""
 
-    def __init__(self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str]) -> None:
-        """Use `start`."""
-        self._server, self._config, self._keys = server, config, keys
-        self._open, self._idle, self._running, self._ticket = asyncio.Event(), asyncio.Event(), 0, 0
-        self._open.set()
-        self._idle.set()
-        self._label = ""
+    def __init__(
+        self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str], ends: frozenset[int]
+    ) -> None:
+        """Use `start`. `ends`: the model's end-of-sequence tokens."""
+        self._server, self._config, self._keys, self._ends = server, config, keys, ends
+        self.gate = Gate()
+        """Where requests wait while new weights go in."""
+        self._label, self._ticket = "", 0
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._http = aiohttp.ClientSession(url, connector=connector)
 
@@ -132,7 +138,7 @@ class Engine:
         port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
         arguments = command(model, config, port=port, seed=seed, load_format=load_format, keys=keys)
         server = await Server.start(name, log, arguments, environment(config))
-        engine = cls(server, config, f"http://127.0.0.1:{port}", keys)
+        engine = cls(server, config, f"http://127.0.0.1:{port}", keys, end_tokens(model))
         try:
             await engine._ready()
         except BaseException:
@@ -153,31 +159,55 @@ class Engine:
     async def generate(
         self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Completion]:
-        """Answer one prompt once for each seed, in one call; the answers come in the order of the seeds.
+        """Answer one prompt once for each seed; the answers come in the order of the seeds.
 
-        A seed (0 <= seed < 2^63) repeats its answer under the same weights.
+        A seed (0 <= seed < 2^63) repeats its answer under the same weights. Answers live through updates,
+        see `actors.continuation`: their labels say which version wrote what.
         """
-        parameters = [
-            {
-                "temperature": sampling.temperature,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop_token_ids": sampling.stop_token_ids,
-                "ignore_eos": sampling.ignore_eos,
-                "sampling_seed": seed,
-            }
-            for seed in seeds
-        ]
-        answers = await self._generate([prompt] * len(parameters), parameters)
-        return [self._completion(answer) for answer in answers]
+
+        async def generate(asks: list[Ask]) -> list[Part]:
+            parameters = [
+                {
+                    "temperature": sampling.temperature,
+                    "max_new_tokens": ask.max_new_tokens,
+                    "stop_token_ids": sampling.stop_token_ids,
+                    "ignore_eos": sampling.ignore_eos,
+                    "sampling_seed": ask.seed,
+                }
+                for ask in asks
+            ]
+            answers = await self._generate([ask.context for ask in asks], parameters)
+            return [self._part(answer) for answer in answers]
+
+        return await complete(generate, prompt, seeds, sampling, self._ends)
 
     async def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """Log-probabilities of tokens 1.. of each sequence at temperature 1, float32 [T - 1] each."""
         parameters = [{"temperature": 1.0, "max_new_tokens": 1, "sampling_seed": 0}] * len(sequences)
-        answers = await self._generate(sequences, parameters, logprob_start_len=0)
-        return [
-            np.array([value for value, *_ in answer.meta_info.input_token_logprobs[1:]], np.float32)
-            for answer in answers
-        ]
+        scores: dict[int, np.ndarray] = {}
+        while missing := [index for index in range(len(sequences)) if index not in scores]:
+            asked = [sequences[index] for index in missing]
+            answers = await self._generate(asked, parameters[: len(asked)], logprob_start_len=0)
+            for index, answer in zip(missing, answers, strict=True):
+                if answer.meta_info.finish_reason.type != "abort":
+                    found = [value for value, *_ in answer.meta_info.input_token_logprobs[1:]]
+                    scores[index] = np.array(found, np.float32)
+        return [scores[index] for index in range(len(sequences))]
+
+    async def load(self) -> Load:
+        """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
+        content = await self._request("GET", LOADS, None, PROBE_S)
+        try:
+            ranks = msgspec.json.decode(content, type=_Loads).loads
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
+            ) from error
+        return Load(
+            sum(rank.num_running_reqs for rank in ranks),
+            sum(rank.num_waiting_reqs for rank in ranks),
+            max((rank.token_usage for rank in ranks), default=0.0),
+        )
 
     async def join_group(self, *, group: str, address: str, port: int) -> None:
         """Meet the learner, which listens at `address`, in a two-rank gloo group; the engine is rank 1.
@@ -197,8 +227,8 @@ class Engine:
     async def update_weights(self, *, group: str, manifest: Manifest) -> None:
         """Receive a version through the group as one broadcast, and serve it.
 
-        The server finishes the samples under way, holds new ones back meanwhile, and shows the label
-        in every answer from then on. After a failure the weights are unknown: kill the engine.
+        The samples under way are ended or finished first, as `EngineConfig.pause` says, and new ones wait;
+        every answer from then on shows the label. After a failure the weights are unknown: kill the engine.
         """
         body = {
             "names": [entry.name for entry in manifest.tensors],
@@ -209,27 +239,36 @@ class Engine:
             "weight_version": manifest.label,
             "flush_cache": False,
         }
-        await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
-        self._label = manifest.label
+        async with self.idle():
+            await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+            self._label = manifest.label
 
     async def load_weights(self, held: Held, *, check: bool) -> Loaded:
-        """Load a staged version and serve it: requests under way are finished first, new ones wait.
+        """Load a staged version and serve it.
 
+        The samples under way are ended or finished first, as `EngineConfig.pause` says, and new ones wait.
         Raises `Untouched` if the engine refused the version and serves the old one entirely, `EngineError`
-        if its weights are unknown now: it answers nothing any more, and is to be killed.
+        if its weights are unknown now: nothing passes its gate any more, and it is to be killed.
         """
-        self._open.clear()
-        try:
-            began = await self._quiet()
-            way = await self._obey(Ticket(self._next_ticket(), held.image.path, held.encoded, check))
-        except Untouched:
-            self._open.set()
-            raise
-        label = {"new_version": held.manifest.label, "abort_all_requests": False}
-        await self._post("/update_weight_version", label, self._config.update_timeout_s)
-        self._label = held.manifest.label
-        self._open.set()
-        return Loaded(asyncio.get_running_loop().time() - began, way)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        async with self.idle():
+            self._ticket += 1
+            way = await self._obey(Ticket(self._ticket, held.image.path, held.encoded, check))
+            label = {"new_version": held.manifest.label, "abort_all_requests": False}
+            await self._post("/update_weight_version", label, self._config.update_timeout_s)
+            self._label = held.manifest.label
+        return Loaded(clock() - began, way)
+
+    @asynccontextmanager
+    async def idle(self) -> AsyncIterator[None]:
+        """Nothing is generated within the block: samples under way are ended, or finished, before it.
+
+        Ended ones keep their tokens, and go on by themselves after it.
+        """
+        end = self._abort if self._config.pause == "abort" else None
+        async with self.gate.closed(end, self._config.update_timeout_s):
+            yield
 
     async def alive(self) -> bool:
         """Whether the server answers, generating or not."""
@@ -249,22 +288,6 @@ class Engine:
     def kill(self) -> None:
         """End the server's process group at once; `stop` is still to be called."""
         self._server.kill()
-
-    async def _quiet(self) -> float:
-        """Waits until nothing is generated; when that was. Raises `Untouched` if it takes too long."""
-        timeout_s = self._config.update_timeout_s
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError as error:
-            raise Untouched(
-                f"engine {self._server.name}: {self._running} requests were not finished within "
-                f"{timeout_s:g} s; raise engine.update_timeout_s above the longest answer"
-            ) from error
-        return asyncio.get_running_loop().time()
-
-    def _next_ticket(self) -> int:
-        self._ticket += 1
-        return self._ticket
 
     async def _obey(self, ticket: Ticket) -> str:
         """Have every rank of the engine obey a ticket; the way it was loaded.
@@ -289,19 +312,6 @@ class Engine:
             raise Untouched(f"engine {self._server.name}: {told}")
         raise EngineError(f"engine {self._server.name}: half of a version may be loaded: {told}; kill it")
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Waits until requests may begin, and counts the one made within."""
-        await self._open.wait()
-        self._running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if self._running == 0:
-                self._idle.set()
-
     async def _ready(self) -> None:
         """Wait until the server answers."""
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout_s
@@ -310,11 +320,15 @@ class Engine:
                 raise self._server.failure()
             await asyncio.sleep(POLL_S)
 
+    async def _abort(self) -> None:
+        """End every request; each is answered with its tokens so far."""
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, PROBE_S)
+
     async def _generate(
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
     ) -> list[Answer]:
         """One ``/generate`` call for a list of prompts, each with its sampling parameters."""
-        async with self._turn():
+        async with self.gate.passing():
             body = {
                 "input_ids": prompts,
                 "sampling_params": parameters,
@@ -336,22 +350,17 @@ class Engine:
             )
         return answers
 
-    def _completion(self, answer: Answer) -> Completion:
-        """The answer as a completion, after checking that it is whole."""
+    def _part(self, answer: Answer) -> Part:
+        """The answer as a part of a completion, after checking that it is whole."""
         meta = answer.meta_info
         reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
-        if reason not in ("stop", "length"):
-            raise EngineError(
-                f"engine {self._server.name}: sample ended by {reason}: {meta.finish_reason.message}"
-            )
         values = [value for value, *_ in logprobs if value is not None]
         if [token for _, token, _ in logprobs] != answer.output_ids or len(values) != len(logprobs):
             raise EngineError(
                 f"engine {self._server.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
-        return Completion(answer.output_ids, values, finish, meta.weight_version)
+        return Part(answer.output_ids, values, reason, meta.weight_version)
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
         """POST with the admin key where the path asks for it."""
@@ -359,7 +368,7 @@ class Engine:
 
     async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
         """The body of a good answer."""
-        key = self._keys[0] if path in ("/generate", "/model_info") else self._keys[1]
+        key = self._keys[0] if path in ("/generate", "/model_info", LOADS) else self._keys[1]
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -377,3 +386,21 @@ class Engine:
             text = content[:300].decode(errors="replace")
             raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
         return content
+
+
+def end_tokens(model: Path) -> frozenset[int]:
+    """The end-of-sequence tokens of a Hugging Face folder, as SGLang finds them: those of config.json and of
+    generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (model / name).is_file():
+            named = msgspec.json.decode((model / name).read_bytes(), type=_Ends).eos_token_id
+            if named is not None:
+                found.update(named if isinstance(named, list) else [named])
+    return frozenset(found)
+
+
+class _Ends(msgspec.Struct):
+    """The field of either file that is read."""
+
+    eos_token_id: int | list[int] | None = None

@@ -16,12 +16,12 @@ from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Completion, Engine
 from actors.weights import WeightWorker
 from buffer.client import AsyncStream, Stream
-from buffer.ledger import Snapshot
+from buffer.ledger import Snapshot as Look
 from buffer.local_server import LocalServer
 from buffer.members import Heartbeat, JoinActor
 from launch.tiny_model import make_tiny_qwen3
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from learner.step import Trainer
+from learner.step import Snapshot, Trainer
 from learner.verify import WeightCheck, check_engines
 from tests.contract.harness import Run
 from weightsync.config import WeightSyncConfig
@@ -32,6 +32,7 @@ from weightsync.offer import Offers
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SEQUENCES = [[5, 6, 7, 8, 256], [9, 10, 11, 256], [40, 256]]
+PROMPT = [5, 6, 7]
 TOLERANCE = 1e-4
 
 
@@ -118,7 +119,7 @@ async def test_after_a_push_the_engine_scores_as_the_learner_does(
     async with Pair(redis_server, engine, WeightSyncConfig(transport=transport)) as pair:
         figures = await pair.push(manifest, tensors)
         assert (figures["weights"], figures["transport"]) == ("serving 0", transport)
-        assert pair.learner.call(Snapshot()).actors["a"].version == manifest.version
+        assert pair.learner.call(Look()).actors["a"].version == manifest.version
         check = await pair.check(manifest, trainer.score(SEQUENCES))
     assert check.passed(TOLERANCE), check
     assert check.tokens == sum(len(sequence) - 1 for sequence in SEQUENCES)
@@ -141,39 +142,51 @@ async def test_other_weights_than_the_digest_says_fail_the_check(
 async def test_fifty_pushes_under_generation_mix_no_version(
     redis_server: LocalServer, engine: Engine, trainer: Trainer
 ) -> None:
-    """After each the engine equals the learner; every answer equals what its one label's weights say."""
+    """After each the engine equals the learner; every token is what the weights of its own label say."""
     answers: list[Completion] = []
-    draw, moves = torch.Generator().manual_seed(1), 0.0
+    draw, seeds = torch.Generator().manual_seed(1), itertools.count()
+    versions: dict[str, Snapshot] = {}
 
     async def generate() -> None:
-        sampling, seeds = SamplingConfig(max_new_tokens=12, ignore_eos=True), itertools.count()
+        sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
         while True:
-            answers.extend(await engine.generate([5, 6, 7], [next(seeds), next(seeds)], sampling))
+            answers.extend(await engine.generate(PROMPT, [next(seeds), next(seeds)], sampling))
 
     async with Pair(redis_server, engine, WeightSyncConfig()) as pair:
-        writing, ways = [asyncio.create_task(generate()) for _ in range(3)], set()
+        first = trainer.export()
+        await pair.push(Manifest.of(0, first), first)
+        writing, ways = [asyncio.create_task(generate()) for _ in range(2)], set()
         for version in range(1, 51):
             with torch.no_grad():
                 for parameter in trainer._model.parameters():
                     parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
             tensors = trainer.export()
             manifest = Manifest.of(version, tensors)
-            figures = await pair.push(manifest, tensors)
-            ways.add(figures["load"])
+            versions[manifest.label] = trainer.snapshot()
+            ways.add((await pair.push(manifest, tensors))["load"])
             check = await pair.check(manifest, trainer.score(SEQUENCES))
             assert check.passed(TOLERANCE), (version, check)
-            moves += _compare(trainer, answers, manifest.label)
         for task in writing:
             task.cancel()
         await asyncio.gather(*writing, return_exceptions=True)
     assert ways == {"plan"}, "the engine has seen this layout before"
-    assert moves > 50, "answers were compared under most versions"
+    assert {label for answer in answers for _, label in answer.labels[1:]}, "answers lived through pushes"
+    compared = [compare(trainer, answers, label, versions[label]) for label in versions]
+    assert sum(count > 0 for count in compared) > 40, "tokens were written under nearly every version"
 
 
-def _compare(trainer: Trainer, answers: list[Completion], label: str) -> int:
-    """How many answers of this version there are; each must be what the learner's weights of now say."""
-    own = [answer for answer in answers if answer.version_label == label]
-    scores = trainer.score([[5, 6, 7, *answer.tokens] for answer in own]) if own else []
-    for answer, expected in zip(own, scores, strict=True):
-        np.testing.assert_allclose(answer.logprobs, expected[2:], atol=TOLERANCE)
-    return len(own)
+def compare(trainer: Trainer, answers: list[Completion], label: str, weights: Snapshot) -> int:
+    """Scores the tokens that carry a label again, under its weights; how many there are."""
+    trainer.restore(weights)
+    own = [answer for answer in answers if label in [one for _, one in answer.labels]]
+    compared = 0
+    for answer, scores in zip(own, trainer.score([PROMPT + answer.tokens for answer in own]), strict=True):
+        begin = 0
+        for length, one in answer.labels:
+            span = slice(begin, begin + length)
+            if one == label:
+                expected = scores[len(PROMPT) - 1 :][span]
+                np.testing.assert_allclose(answer.logprobs[span], expected, atol=TOLERANCE)
+                compared += length
+            begin += length
+    return compared

@@ -32,6 +32,7 @@ class Written:
         self.release = asyncio.Event()
         """Set: answers come at once."""
         self.release.set()
+        self.aborted = False
         self.hang = asyncio.Event()
         """Cleared: loading does not come to an end, as in an engine that was stopped."""
         self.hang.set()
@@ -41,12 +42,20 @@ class Written:
         self.calls.append("generate")
         self.keys.append(body["extra_key"])
         await self.release.wait()
+        reason, self.aborted = ("abort" if self.aborted else "length"), False
         meta = {
-            "finish_reason": {"type": "length"},
+            "finish_reason": {"type": reason},
             "weight_version": self.label,
             "output_token_logprobs": [[-1.0, 5, None]],
         }
         return web.json_response([{"output_ids": [5], "meta_info": meta}] * len(body["input_ids"]))
+
+    async def abort(self, request: web.Request) -> web.Response:
+        assert (await request.json())["abort_all"]
+        self.calls.append("abort")
+        self.aborted = True
+        self.release.set()
+        return web.Response()
 
     async def load(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -78,6 +87,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Make]:
         server = Written(tmp_path)
         app = web.Application()
         app.router.add_post("/generate", server.generate)
+        app.router.add_post("/abort_request", server.abort)
         app.router.add_post("/update_weights_from_tensor", server.load)
         app.router.add_post("/update_weight_version", server.name_version)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -85,7 +95,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Make]:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        engine = Engine(server, EngineConfig(**config), f"http://127.0.0.1:{port}", ("k", "a"))  # type: ignore[arg-type]
+        engine = Engine(server, EngineConfig(**config), f"http://127.0.0.1:{port}", ("k", "a"), frozenset())  # type: ignore[arg-type]
         made.append((engine, runner, server))
         return engine, server
 
@@ -104,11 +114,13 @@ def held(number: int = 3) -> Held:
 
 async def ask(engine: Engine) -> str:
     """The label of one answer."""
-    return (await engine.generate([1, 2], [7], SamplingConfig()))[0].version_label
+    (answer,) = await engine.generate([1, 2], [7], SamplingConfig(max_new_tokens=1))
+    ((_, label),) = answer.labels
+    return label
 
 
 async def test_answers_under_way_are_finished_and_new_ones_wait(engine: Make) -> None:
-    one, server = await engine()
+    one, server = await engine(pause="finish")
     server.release.clear()
     old = asyncio.create_task(ask(one))
     while server.calls != ["generate"]:
@@ -124,7 +136,6 @@ async def test_answers_under_way_are_finished_and_new_ones_wait(engine: Make) ->
     assert await old == "default"
     assert await new == version3.manifest.label
     assert server.calls == ["generate", "load 1", "label", "generate"]
-    assert server.keys == ["", version3.manifest.label], "a prefix belongs to the version that computed it"
 
 
 async def test_a_refusal_leaves_the_old_version_and_its_label(engine: Make) -> None:
@@ -174,14 +185,28 @@ async def test_an_engine_that_hangs_is_given_up_in_time(engine: Make) -> None:
     assert asyncio.get_running_loop().time() - began < 2
 
 
-async def test_answers_that_take_too_long_put_the_version_off(engine: Make) -> None:
-    one, server = await engine(update_timeout_s=0.2)
+async def test_answers_that_do_not_end_cost_the_engine(engine: Make) -> None:
+    one, server = await engine(update_timeout_s=0.2, pause="finish")
     server.release.clear()
     old = asyncio.create_task(ask(one))
     while not server.calls:
         await asyncio.sleep(0.01)
-    with pytest.raises(Untouched, match=r"raise engine\.update_timeout_s"):
+    with pytest.raises(EngineError, match=r"raise engine\.update_timeout_s"):
         await one.load_weights(held(), check=True)
     server.release.set()
     assert await old == "default"
-    assert await ask(one) == "default"
+
+
+async def test_answers_under_way_are_ended_with_their_tokens_and_go_on(engine: Make) -> None:
+    """`abort`, the default: each token has the label of the weights that wrote it."""
+    one, server = await engine()
+    server.release.clear()
+    asked = asyncio.create_task(one.generate([1, 2], [7], SamplingConfig(max_new_tokens=2)))
+    while not server.calls:
+        await asyncio.sleep(0.01)
+    new = held()
+    assert (await one.load_weights(new, check=True)).way == "plan"
+    (answer,) = await asked
+    assert answer.labels == [(1, "default"), (1, new.manifest.label)]
+    assert server.calls == ["generate", "abort", "load 1", "label", "generate"]
+    assert server.keys == ["", new.manifest.label], "a prefix belongs to the version that computed it"
