@@ -55,7 +55,7 @@ class Loaded(msgspec.Struct, frozen=True):
     pause_s: float
     """Seconds in which no request could begin."""
     way: str
-    """As in `weightsync.ticket.Report`."""
+    """As in `weightsync.ticket.Report`, with the reason if there is one."""
 
 
 class Finish(msgspec.Struct):
@@ -306,7 +306,7 @@ class Engine:
         found = reports(self._server.folder, ticket.number)
         problems = [report.problem for report in found if report.problem]
         if len(found) == count and not problems:
-            return found[0].way
+            return f"{found[0].way}: {found[0].reason}" if found[0].reason else found[0].way
         told = "; ".join(problems) or f"got {len(found)} reports, expected one of each of {count} ranks"
         if len(problems) == count and not any(report.touched for report in found):
             raise Untouched(f"engine {self._server.name}: {told}")

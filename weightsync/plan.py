@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _COPY = torch.ops.aten.copy_.default
 _SAME = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 """Operators whose result is their argument somewhere else, or in another type."""
+_CONSTANT = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+"""Operators that need not be repeated: what they leave does not depend on the version."""
 _PADDED = ("embed_tokens", "lm_head")
 """Tensors whose rows SGLang pads; the padding is never loaded."""
 
@@ -98,6 +100,8 @@ def watch(
     plan.copies, plan.reason = watcher.copies, watcher.reason
     if plan.addresses != _addresses(model):
         plan.reason = "loading moves the engine's tensors"
+    elif not plan.reason and plan.unequal(image):
+        plan.reason = "loading changes what it has copied"
     if hasattr(model, "post_load_weights"):
         plan.reason = "the model derives tensors from its weights"
     return plan
@@ -142,7 +146,7 @@ class _Watcher(TorchDispatchMode):
             self._moved[result.untyped_storage().data_ptr()] = (result, args[0])
         elif isinstance(result, torch.Tensor) and not any(_shares(result, value) for value in ours):
             self.reason = self.reason or f"loading computes {function}"
-        elif function._schema.is_mutable:
+        elif function._schema.is_mutable and function not in _CONSTANT:
             self.reason = self.reason or f"loading changes weights by {function}"
         return result
 

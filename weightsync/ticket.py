@@ -46,6 +46,8 @@ class Report(msgspec.Struct, frozen=True):
     """Whether weights may have been changed: with a problem, the engine must not go on."""
     way: str = ""
     """`names`: by the model's own loading of Hugging Face names; `plan`: by the copies that makes."""
+    reason: str = ""
+    """Why it is `names` for every version of this layout; empty if the next one goes by plan."""
     tensors: int = 0
     """Tensors of the engine that were filled."""
     copies: int = 0

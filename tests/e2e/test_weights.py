@@ -169,7 +169,7 @@ async def test_fifty_pushes_under_generation_mix_no_version(
         for task in writing:
             task.cancel()
         await asyncio.gather(*writing, return_exceptions=True)
-    assert ways == {"plan"}, "the engine has seen this layout before"
+    assert ways == {"plan"}, "no version goes by names once the engine has seen the layout"
     assert {label for answer in answers for _, label in answer.labels[1:]}, "answers lived through pushes"
     compared = [compare(trainer, answers, label, versions[label]) for label in versions]
     assert sum(count > 0 for count in compared) > 40, "tokens were written under nearly every version"

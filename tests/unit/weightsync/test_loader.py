@@ -34,6 +34,7 @@ class Fused(torch.nn.Module):
                 self.qkv.data[row : row + 4].copy_(tensor)
             elif name == "embed":
                 self.embed_tokens.data[:10].copy_(tensor.narrow(1, 4 * self._rank, 4))
+                self.embed_tokens.data[10:].fill_(0)
             else:
                 self.w13.data[int(name[1])].narrow(0, 4 * name.endswith("up"), 4).copy_(tensor.t())
 
@@ -134,13 +135,22 @@ def test_a_plan_is_void_where_the_engine_has_moved_its_tensors(obey: Obey) -> No
     assert is_loaded(model, exported(1))
 
 
-@pytest.mark.parametrize("kind", [Scaling, Deriving])
+class Clearing(Fused):
+    """Puts a constant where it has just copied."""
+
+    def load_weights(self, weights: Weights) -> None:
+        super().load_weights(weights)
+        self.qkv.data[:4].fill_(1)
+
+
+@pytest.mark.parametrize("kind", [Scaling, Deriving, Clearing])
 def test_loading_that_does_more_than_copy_is_never_planned(obey: Obey, kind: type[Fused]) -> None:
     model = kind()
     for seed in range(2):
         report = obey(model, exported(seed))
         assert (report.problem, report.way) == ("", "names")
-    expected = 2 * exported(1)["q"] if kind is Scaling else exported(1)["q"]
+        assert report.reason
+    expected = {Scaling: 2 * exported(1)["q"], Clearing: torch.ones(4, 8)}.get(kind, exported(1)["q"])
     assert torch.equal(model.qkv[:4], expected.bfloat16())
     if isinstance(model, Deriving):
         assert torch.equal(model.derived, model.qkv.float() * 2)
