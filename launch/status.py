@@ -59,7 +59,7 @@ class ActorStatus(msgspec.Struct, frozen=True):
     weights: str
     """What its weight agent is at, such as `serving 12` or `staging 13`; empty before it says so."""
     transport: str
-    """How the version it serves came: `shm`, `delta`, `peer` or `disk`; empty for the stock transport."""
+    """How the version it serves came: `shm`, `delta`, `peer`, `disk`, `gloo`; empty for stock."""
 
 
 class Status(msgspec.Struct, frozen=True):

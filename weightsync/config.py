@@ -18,9 +18,10 @@ class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Seconds after which the learner names an engine that does not take a version and leaves it behind; and
     after which an agent gives a source up that sends nothing."""
-    transport: Literal["auto", "shm", "delta", "peer", "disk", "stock"] = "auto"
+    transport: Literal["auto", "shm", "delta", "peer", "disk", "gloo", "stock"] = "auto"
     """How bytes travel. `auto`: shared memory on the learner's host, elsewhere what changed where that is
-    offered, else a pull from the learner or any agent. `stock`: SGLang's own update over gloo."""
+    offered, else a pull from the learner or any agent. `gloo`: one broadcast to all agents that are ready.
+    `stock`: SGLang's own update over gloo."""
     folder: str = ""
     """A folder that learner and actors share; if named, each version is also written there."""
     delta: bool = False

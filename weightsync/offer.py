@@ -32,6 +32,7 @@ from weightsync.protocol import Offer, Source, encode_request
 from weightsync.route import address_towards
 from weightsync.transports.delta import deltas
 from weightsync.transports.disk import save
+from weightsync.transports.gloo import Round
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,9 @@ class Offers:
         """`kept_on_disk`: versions that stay in `config.folder`, eta + 2."""
         self.stream, self.config, self.log = stream, config, log
         self._epoch, self._lineage, self._kept_on_disk = learner_epoch, lineage, kept_on_disk
-        self.holder = Holder(config.address or address_towards(stream.redis))
+        self._address = config.address or address_towards(stream.redis)
+        self.holder = Holder(self._address)
+        self._round: Round | None = None
         self.export_s = 0.0
         """Seconds in which the thread made the last image, its digests and what else is offered of it."""
         self._changed, self._inviting = threading.Condition(), threading.Lock()
@@ -126,8 +129,18 @@ class Offers:
         if self.config.folder:
             root = Path(self.config.folder)
             sources.append(save(root, manifest, image, self._kept_on_disk))
+        if self.config.transport == "gloo":
+            (holder,) = [source for source in sources if source.kind == "peer"]
+            sources.append(self._round_of(manifest, image, holder))
         with self._inviting:
             self._offered, self._sources = held, sources
+
+    def _round_of(self, manifest: Manifest, image: Image, holder: Source) -> Source:
+        """The source of a broadcast; one that nobody has come to ends."""
+        if self._round is not None:
+            self._round.close()
+        self._round = Round(self._address, manifest, image, holder, self.config.timeout_s)
+        return self._round.source
 
     def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:
         if before is None or before.manifest.layout != manifest.layout:
@@ -207,6 +220,8 @@ class Offers:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._round is not None:
+            self._round.close()
         self.holder.close()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -145,8 +146,11 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_version_is_offered_staged_applied_and_said(scene: Make) -> None:
-    run = scene()
+@pytest.mark.parametrize("transport", ["auto", "peer", "disk", "gloo"])
+async def test_a_version_is_offered_staged_applied_and_said(
+    scene: Make, tmp_path: Path, transport: str
+) -> None:
+    run = scene(transport=transport, folder=str(tmp_path) if transport == "disk" else "")
     one, other = run.member("a"), run.member("b")
     for member in (one, other):
         await member.join()
@@ -154,10 +158,29 @@ async def test_a_version_is_offered_staged_applied_and_said(scene: Make) -> None
     label = run.publish(0)
     await until(lambda: one.engine.served == other.engine.served == [label])
     await until(lambda: {record.version for record in run.learner.call(Snapshot()).actors.values()} == {0})
-    figures = one.worker.figures()
-    assert (figures["weights"], figures["transport"], figures["load"]) == ("serving 0", "shm", "plan")
+    figures, way = one.worker.figures(), "shm" if transport == "auto" else transport
+    assert (figures["weights"], figures["transport"], figures["load"]) == ("serving 0", way, "plan")
     await one.beat()
     await until(lambda: "a" in run.offers.push_seconds())
+
+
+async def test_only_what_changed_travels_where_that_is_offered(scene: Make) -> None:
+    run = scene(transport="delta", delta=True)
+    member = run.member("a")
+    await member.join()
+    member.work()
+    label = run.publish(0)
+    await until(lambda: member.engine.served == [label])
+    assert member.worker.figures()["transport"] == "peer", "a newcomer holds nothing that could change"
+    pulled = run.offers.holder.served_bytes
+    weights = tensors(0)
+    weights["up"][0, 0] += 1
+    manifest = Manifest.of(1, weights)
+    run.learner.redis.hset(run.learner.key("versions"), "1", manifest.digest)
+    run.offers.publish(manifest, weights)
+    await until(lambda: member.engine.served == [label, manifest.label])
+    assert member.worker.figures()["transport"] == "delta"
+    assert run.offers.holder.served_bytes == pulled
 
 
 async def test_a_newcomer_is_told_of_the_newest_only_and_of_it_once(scene: Make) -> None:
