@@ -33,11 +33,13 @@ class Engine:
 
     def __init__(self) -> None:
         self.served: list[str] = []
+        self.seconds = 0.0
         self.open = asyncio.Event()
         self.open.set()
 
     async def load_weights(self, held: Held, *, check: bool) -> Loaded:
         await self.open.wait()
+        await asyncio.sleep(self.seconds)
         assert held.image.sealed
         self.served.append(held.manifest.label)
         return Loaded(0.0, "plan")
@@ -258,6 +260,19 @@ async def test_a_hung_engine_holds_nobody_else_and_is_named_in_time(scene: Make)
     hung.engine.open.set()
     await until(lambda: hung.engine.served[-1] == labels[-1])
     assert len(hung.engine.served) < len(well.engine.served), "what it missed it never applies"
+
+
+async def test_a_slow_engine_that_moves_on_is_not_named(scene: Make) -> None:
+    run = scene(timeout_s=0.6)
+    slow = run.member("slow")
+    slow.engine.seconds = 0.25
+    await slow.join()
+    slow.work()
+    for number in range(10):
+        run.publish(number)
+        await asyncio.sleep(0.2)
+    assert 2 < len(slow.engine.served) < 9, "it was behind all the time, and moved on"
+    assert run.log == []
 
 
 async def test_an_offer_before_its_commit_waits_and_dies_with_the_learners_epoch(scene: Make) -> None:
