@@ -19,6 +19,10 @@ TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
 
 
+class PayloadGone(Exception):
+    """A step that was trained before cannot be trained again: the record of a group is gone or damaged."""
+
+
 class Batch(msgspec.Struct, eq=False):
     """What one step trains."""
 
@@ -50,12 +54,17 @@ def next_batch(session: Session, step: int, on_wait: Callable[[str], None]) -> B
 
 
 def read_batch(session: Session, step: int, manifest: Manifest) -> list[Group]:
-    """The groups of a manifest in canonical order; the step trains without those that cannot be read."""
+    """The groups of a manifest in canonical order; the step trains without those that cannot be read.
+
+    Raises `PayloadGone` if the step was trained, with all of them, before.
+    """
     groups = []
     for frame in read_frames(session.stream, manifest.groups()):
         if frame.group is not None:
             groups.append(frame.group)
             continue
+        if step < session.version:
+            raise PayloadGone(f"step {step} cannot be trained again ({frame.reason}): {frame.problem}")
         log.warning("step %d trains without a group (%s): %s", step, frame.reason, frame.problem)
         session.strike(step, frame.row.group, frame.reason, frame.payload)
     return groups

@@ -48,6 +48,10 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     """Seconds a group takes."""
     answer: int = 8
     """Tokens of an answer, generated in two parts; weights may change between them."""
+    vocabulary: int = 1000
+    """Token ids are below this."""
+    state: str = "running"
+    """What its heartbeats say; to one that is `starting` no learner brings weights."""
     patience_s: float = 90.0
     schema: int = SCHEMA_VERSION
     poison: int = -1
@@ -193,7 +197,9 @@ class Actor:
             self.beat_now.clear()
             lost = self.stream.lost
             beat = await self._call(
-                lambda: Heartbeat(self.settings.name, self.epoch, "running", "{}", tuple(self.tasks))
+                lambda: Heartbeat(
+                    self.settings.name, self.epoch, self.settings.state, "{}", tuple(self.tasks)
+                )
             )
             self._close(beat.lost, "no longer wanted")
             if beat.ended:
@@ -212,7 +218,8 @@ class Actor:
         while not own.cancelling():  # which redis-py may have swallowed
             try:
                 newest = int(await self.stream.redis.get(step) or -1)
-                due = newest > self.version or (newest == self.version and not self.declared)
+                # An older one only if Redis no longer counts what is served: after a fork.
+                due = newest > self.version or not self.declared
                 of = await self.stream.redis.hget(versions, str(newest)) if due else None
             except LOST:
                 self.stream.lost += 1
@@ -284,7 +291,9 @@ class Actor:
                 table.append(serving)
             await asyncio.sleep(settings.group_s / 2)
             for index, part in enumerate(parts):
-                spoken = speak(serving.digest, settings.seed, lease.position, index, begin, length)
+                spoken = speak(
+                    serving.digest, settings.seed, lease.position, index, begin, length, settings.vocabulary
+                )
                 part.append((table.index(serving), *spoken))
             self.faults.at("generating")
         samples = [finished_sample(lease.prompt, part) for part in parts]
