@@ -26,6 +26,9 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
+from learner.checkpoint.folder import State
+from learner.checkpoint.saver import Saver
+from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
@@ -184,6 +187,28 @@ class Trainer:
     ) -> list[list[int]]:
         """Sampled answers (greedy at temperature 0) without `eos_id`; meant for short ones."""
         return generate(self._model, prompts, max_new_tokens, eos_id, self._fit, temperature, seed)
+
+    def parts(self) -> list[Part]:
+        """What a checkpoint holds: views of weights and moments, which the next step changes."""
+        return parts(self._model, self._optimizer)
+
+    def optimizer_steps(self) -> int:
+        """Updates behind the optimizer's moments; steps that were skipped made none."""
+        return optimizer_steps(self._optimizer)
+
+    def save_checkpoint(self, saver: Saver, state: State) -> None:
+        """Begins to save what the trainer is now; the saver knows when it is complete."""
+        saver.begin(state, self.parts())
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint of the run that this trainer, so far untrained, started.
+
+        The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
+        `CheckpointError`.
+        """
+        if self._objective.kl.coefficient:
+            self._reference_at(0)
+        self.version = load(self._model, self._optimizer, folder)
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
