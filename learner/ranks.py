@@ -147,7 +147,7 @@ class Ranks:
         """Announces an order to all other ranks."""
         if self.size > 1:
             assert self.store is not None
-            self.store.set(f"order/{self._said}", msgspec.msgpack.encode(order))
+            self.store.set(f"order/{self._said}", msgspec.json.encode(order))
             self._said += 1
 
     def hear(self) -> Order:
@@ -163,7 +163,7 @@ class Ranks:
                 continue
             except dist.DistNetworkError as error:
                 raise LearnerError(f"rank {self.rank}: rank 0 is gone: {error}") from error
-        order = msgspec.msgpack.decode(self.store.get(key), type=Order)
+        order = msgspec.json.decode(self.store.get(key), type=Order)
         if self.store.add(f"heard/{key}", 1) == self.size - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"heard/{key}")
