@@ -35,7 +35,7 @@ from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split,
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logits
 from learner.model.hf_config import read_shape
-from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
 from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
 from learner.objective import Tokens, Totals, objective, token_logprobs
 from learner.objective.losses import loss_named
@@ -289,7 +289,4 @@ class Trainer:
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
-        norm = clip_gradients(self._parallel, self._schedule.clip_grad)
-        if math.isfinite(norm):
-            update(self._optimizer, lr)
-        return norm
+        return clipped_update(self._parallel, self._optimizer, lr, self._schedule.clip_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,20 +12,32 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from learner.errors import ModelError
 from learner.model.cpu import stand_in_for_cuda
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
 from learner.model.world import join_world
 
 
-def transformer_config(shape: Shape) -> TransformerConfig:
-    """Megatron-Core's description of `shape`: fp32, no dropout, no fusion that needs CUDA."""
+CPU_FIELDS = {
+    "params_dtype": torch.float32,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+}
+"""Fields of Megatron-Core's configuration without a GPU; those with one: `learner.model.gpu.config_fields`."""
+
+
+def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+    """Megatron-Core's description of `shape`, without dropout; `dtype` of the parameters is for GPUs."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
     if shape.delta_net is not None:
         fields |= _delta_net(shape.delta_net, shape)
     if shape.experts is not None:
         fields |= _experts(shape.experts, shape)
+    fields |= _gpu().config_fields(dtype, latent) if torch.cuda.is_available() else CPU_FIELDS
     return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=len(shape.layers),
         hidden_size=shape.hidden_size,
@@ -38,28 +51,28 @@ def transformer_config(shape: Shape) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=torch.float32,
-        transformer_impl="local",
-        use_cpu_initialization=True,
         perform_initialization=False,  # a checkpoint is always loaded
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         cuda_graph_modules=[],  # its default warns of being deprecated
         calculate_per_token_loss=True,  # gradients are summed over ranks: denominators are global
         **fields,
     )
 
 
-def build_model(shape: Shape) -> GPTModel:
-    """The model with uninitialised weights, on the CPU, in a world that is joined if it was not."""
+def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel:
+    """The model with uninitialised weights, on the GPU if there is one, in a world joined if it was not.
+
+    `dtype` of the parameters is for GPUs; see `keep_gates` for those that stay in fp32.
+    """
     if not torch.cuda.is_available():
         stand_in_for_cuda()
     join_world()
+    if torch.cuda.is_available():
+        _gpu().prepare()
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    config = transformer_config(shape)
+    config = transformer_config(shape, dtype)
     latent = isinstance(shape.attention, LatentAttention)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(shape, config),
         vocab_size=shape.vocab_size,
@@ -70,12 +83,36 @@ def build_model(shape: Shape) -> GPTModel:
         rotary_percent=1.0 if latent else shape.attention.rotary,
         parallel_output=False,
     )
+    keep_gates(model)
+    return model
+
+
+def keep_gates(model: torch.nn.Module) -> None:
+    """Put back into fp32 what decides by small differences: routers, and the decay of recurrent layers."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("router.weight", "A_log", "dt_bias")):
+            parameter.data = parameter.data.float()
 
 
 def data_parallel(model: GPTModel) -> DistributedDataParallel:
     """Megatron-Core's data parallelism around `model`: contiguous gradient buffers, summed over ranks."""
-    config = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
+    config = DistributedDataParallelConfig(
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=torch.cuda.is_available(),  # its gradients must be CUDA tensors
+        grad_reduce_in_fp32=True,
+    )
     return DistributedDataParallel(model.config, config, model)
+
+
+def _gpu() -> ModuleType:
+    """What a GPU changes; its imports need Transformer Engine."""
+    try:
+        from learner.model import gpu
+    except ImportError as error:
+        raise ModelError(
+            f"a GPU, but {error}; install the extra [gpu] (docs/gpu.md), or hide it: CUDA_VISIBLE_DEVICES=''"
+        ) from error
+    return gpu
 
 
 def _attention(shape: Shape) -> dict[str, Any]:
