@@ -21,6 +21,9 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Hugging Face checkpoint folder: config.json, safetensors and tokenizer files."""
     micro_batch_tokens: Count = 2048
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
+    logits_chunk: Count = 1024
+    """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
+    so many at a time, and again in the backward pass."""
 
 
 class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

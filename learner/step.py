@@ -33,11 +33,11 @@ from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
-from learner.model.forward import generate, score, target_logits
+from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
 from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
-from learner.objective import Tokens, Totals, objective, token_logprobs
+from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, pack, row_of_tokens
 from learner.reference import Reference
@@ -82,7 +82,7 @@ class Trainer:
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self._folder = folder
-        self._budget = model.micro_batch_tokens
+        self._budget, self._chunk = model.micro_batch_tokens, model.logits_chunk
         self._schedule = optimizer
         self._objective = objective
         self._watch = Watch(objective)
@@ -140,8 +140,8 @@ class Trainer:
         losses: list[float] = []
 
         def loss(batch: MicroBatch) -> torch.Tensor:
-            logits = target_logits(self._parallel, batch)
-            total = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+            logprobs, _ = target_logprobs(self._parallel, batch, self._chunk)
+            total = -logprobs.sum() / tokens
             losses.append(total.item())
             return total
 
@@ -159,7 +159,7 @@ class Trainer:
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""
-        return score(self._model, sequences, self._budget, temperature)
+        return score(self._model, sequences, self._budget, temperature, self._chunk)
 
     def generate(
         self,
@@ -242,7 +242,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return token_logprobs(target_logits(self._parallel, batch), batch.targets, batch.temperature)[0]
+        return target_logprobs(self._parallel, batch, self._chunk)[0]
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -259,9 +259,8 @@ class Trainer:
 
     def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
         batch, config = packed.batch, self._objective
-        logits = target_logits(self._parallel, batch)
-        logprobs, entropy = token_logprobs(
-            logits, batch.targets, batch.temperature, entropy_gradient=config.entropy > 0
+        logprobs, entropy = target_logprobs(
+            self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )
         proximal = (
             logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
