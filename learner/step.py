@@ -88,13 +88,14 @@ class Trainer:
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape)
+        self._model = build_model(self._shape, getattr(torch, model.dtype))
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
             self._reference = Reference(self._model)
         load_hf(self._model, self._shape, folder)
         self._parallel = data_parallel(self._model)
+        self._device = next(self._model.parameters()).device
         self._optimizer = build_optimizer(self._parallel, optimizer)
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -186,6 +187,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
+        self._optimizer.reload_model_params()  # where it keeps fp32 copies
         inner = self._optimizer.optimizer
         moments = {
             key: {name: value.clone() for name, value in state.items()}
@@ -242,7 +244,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return target_logprobs(self._parallel, batch, self._chunk)[0]
+        return target_logprobs(self._parallel, batch, self._chunk)[0].cpu()
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -258,7 +260,8 @@ class Trainer:
         return norm
 
     def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
-        batch, config = packed.batch, self._objective
+        packed, config = packed.to(self._device), self._objective
+        batch = packed.batch
         logprobs, entropy = target_logprobs(
             self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )

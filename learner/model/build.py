@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -18,61 +19,79 @@ from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
 from learner.model.world import join_world
 
+if TYPE_CHECKING:
+    from learner.model.hybrid import PackedHybrid
 
 CPU_FIELDS = {
-    "params_dtype": torch.float32,
     "transformer_impl": "local",
     "use_cpu_initialization": True,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
 }
-"""Fields of Megatron-Core's configuration without a GPU; those with one: `learner.model.gpu.config_fields`."""
+"""Fields of Megatron-Core's configuration without a GPU; with one: `learner.model.gpu.config_fields`."""
 
 
 def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32) -> TransformerConfig:
-    """Megatron-Core's description of `shape`, without dropout; `dtype` of the parameters is for GPUs."""
+    """Megatron-Core's description of `shape`: parameters of `dtype`, no dropout."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
     if shape.delta_net is not None:
         fields |= _delta_net(shape.delta_net, shape)
     if shape.experts is not None:
         fields |= _experts(shape.experts, shape)
-    fields |= _gpu().config_fields(dtype, latent) if torch.cuda.is_available() else CPU_FIELDS
-    return (MLATransformerConfig if latent else TransformerConfig)(
-        num_layers=len(shape.layers),
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.dense_width,
-        num_attention_heads=shape.attention.heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        layernorm_zero_centered_gamma=shape.zero_centred,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        perform_initialization=False,  # a checkpoint is always loaded
-        cuda_graph_modules=[],  # its default warns of being deprecated
-        calculate_per_token_loss=True,  # gradients are summed over ranks: denominators are global
-        **fields,
-    )
+    fields |= _gpu().config_fields(latent) if torch.cuda.is_available() else CPU_FIELDS
+    return (MLATransformerConfig if latent else TransformerConfig)(**_common(shape, dtype) | fields)
 
 
-def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel:
+def _common(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """What holds for every family, unless it says otherwise."""
+    return {
+        "num_layers": len(shape.layers),
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.dense_width,
+        "num_attention_heads": shape.attention.heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "layernorm_zero_centered_gamma": shape.zero_centred,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,  # a checkpoint is always loaded
+        "cuda_graph_modules": [],  # its default warns of being deprecated
+        "calculate_per_token_loss": True,  # gradients are summed over ranks: denominators are global
+    }
+
+
+def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel | PackedHybrid:
     """The model with uninitialised weights, on the GPU if there is one, in a world joined if it was not.
 
-    `dtype` of the parameters is for GPUs; see `keep_gates` for those that stay in fp32.
+    Its parameters are of `dtype`, but see `keep_gates`. Raises `ModelError` where a part is missing.
     """
+    if shape.hybrid is not None and not torch.cuda.is_available():
+        raise ModelError(
+            f"model_type {shape.family}: got a host without a GPU, expected one with mamba-ssm and "
+            "causal-conv1d; the kernels of its Mamba-2 layers run nowhere else"
+        )
     if not torch.cuda.is_available():
         stand_in_for_cuda()
     join_world()
     if torch.cuda.is_available():
         _gpu().prepare()
+    model = _gpt(shape, dtype) if shape.hybrid is None else _hybrid(shape, dtype)
+    keep_gates(model)
+    return model
+
+
+def _gpt(shape: Shape, dtype: torch.dtype) -> GPTModel:
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     config = transformer_config(shape, dtype)
     latent = isinstance(shape.attention, LatentAttention)
-    model = GPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=block_spec(shape, config),
         vocab_size=shape.vocab_size,
@@ -83,8 +102,12 @@ def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel:
         rotary_percent=1.0 if latent else shape.attention.rotary,
         parallel_output=True,  # learner.model.output reads vocabulary-parallel logits
     )
-    keep_gates(model)
-    return model
+
+
+def _hybrid(shape: Shape, dtype: torch.dtype) -> PackedHybrid:
+    from learner.model.hybrid import build_hybrid  # needs Transformer Engine
+
+    return build_hybrid(shape, _common(shape, dtype))
 
 
 def keep_gates(model: torch.nn.Module) -> None:
@@ -105,13 +128,14 @@ def data_parallel(model: GPTModel) -> DistributedDataParallel:
 
 
 def _gpu() -> ModuleType:
-    """What a GPU changes; its imports need Transformer Engine."""
-    try:
-        from learner.model import gpu
-    except ImportError as error:
+    """What a GPU changes."""
+    if not HAVE_TE:
         raise ModelError(
-            f"a GPU, but {error}; install the extra [gpu] (docs/gpu.md), or hide it: CUDA_VISIBLE_DEVICES=''"
-        ) from error
+            "got a GPU without Transformer Engine, expected both; install the extra [gpu] (docs/gpu.md), "
+            "or hide the GPU: CUDA_VISIBLE_DEVICES=''"
+        )
+    from learner.model import gpu
+
     return gpu
 
 

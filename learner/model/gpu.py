@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TELinear
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.common.embeddings import rope_utils
@@ -43,15 +42,13 @@ class GpuBackend(TESpecProvider):
         return TELinear
 
 
-def config_fields(dtype: torch.dtype, latent: bool) -> dict[str, Any]:
-    """Fields of Megatron-Core's configuration that a GPU wants; parameters are of `dtype`.
+def config_fields(latent: bool) -> dict[str, Any]:
+    """Fields of Megatron-Core's configuration that a GPU wants.
 
     Not fused: the router, which is to stay in fp32, and rotary embeddings of latent attention, whose
     kernel knows YaRN alone.
     """
     return {
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
         "transformer_impl": "transformer_engine",
         "use_cpu_initialization": False,
         "apply_rope_fusion": not latent,

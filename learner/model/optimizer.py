@@ -51,7 +51,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 def clipped_update(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, lr: float, limit: float
 ) -> float:
-    """Clip the gradients of `model` and step; their norm before clipping. A non-finite one changes nothing."""
+    """Clip the gradients of `model` and step; the norm before clipping. One not finite changes nothing."""
     if model.ddp_config.use_distributed_optimizer:
         return _sharded_update(optimizer, lr, limit)
     norm = clip_gradients(model, limit)
