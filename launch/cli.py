@@ -33,6 +33,16 @@ def build_parser() -> argparse.ArgumentParser:
     learner = _command(subparsers, "learner", commands.learner, "train a run; needs a Redis")
     _run_options(learner)
     _redis_option(learner)
+    learner.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="node groups of processes (default: 1)"
+    )
+    learner.add_argument(
+        "--nproc-per-node", type=int, default=1, metavar="K", help="processes a node (default: 1)"
+    )
+    learner.add_argument(
+        "--node", type=int, metavar="I", help="this machine is node I, 0 the first (default: it is all nodes)"
+    )
+    learner.add_argument("--meet", default="", metavar="HOST:PORT", help="with --node: where node 0 listens")
 
     actors = _command(
         subparsers, "actors", commands.actors, "generate for a run; needs nothing but the Redis URL"
@@ -137,9 +147,20 @@ def _redis_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Overrides may stand before, between and behind options, which argparse cannot say."""
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args
+    args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors of ours are one line on standard error and exit code 2."""
-    args = build_parser().parse_args(argv)
+    args = _parse(build_parser(), argv)
     try:
         return args.function(args)
     except KeyboardInterrupt:

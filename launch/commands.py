@@ -33,18 +33,24 @@ def demo(args: argparse.Namespace) -> int:
 def learner(args: argparse.Namespace) -> int:
     """Trains a run on a Redis that is there."""
     from buffer.client import Stream
-    from launch.local import Interrupt, follow, run_folder, start_learner
+    from launch.local import Interrupt, follow, follow_node, run_folder, start_learner
+    from launch.nodes import Nodes
     from launch.summary import conclude
     from launch.supervise import Supervisor
 
+    nodes = Nodes(args.nodes, args.nproc_per_node, args.node, args.meet)
+    nodes.check()
     config = _config(args, [], [])
     if config is None:
         return 0
     url, began, interrupt = _url(args, config.redis.url), time.monotonic(), Interrupt()
     stream = Stream.connect(url, config.name)
     with Supervisor() as children:
-        process = start_learner(children, config, url, run_folder(config.name))
-        ledger = follow(stream, process, [], interrupt)
+        ranks = start_learner(children, config, url, run_folder(config.name), nodes)
+        if not nodes.leads:
+            follow_node(ranks, interrupt)
+            return 0
+        ledger = follow(stream, ranks, [], interrupt)
     return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
 
 

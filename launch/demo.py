@@ -27,6 +27,7 @@ from launch.local import (
     start_learner,
     start_recorder,
 )
+from launch.nodes import Nodes
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
 from launch.tiny_model import make_tiny_qwen3
@@ -74,7 +75,7 @@ def run_demo(config: RunConfig, actors: int, *, record: bool = False) -> Summary
         print(f"run {config.name}: files in {folder}, Redis URL in {url}", file=sys.stderr)
         stream = Stream.connect(server.socket_url, config.name)
         recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
-        learner = start_learner(children, config, server.socket_url, folder)
+        learner = start_learner(children, config, server.socket_url, folder, Nodes())
         names = actor_names(stream.redis, config.name, actors)
         workers = [
             start_actor(children, config.name, name, server.socket_url, folder / "logs") for name in names

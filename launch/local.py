@@ -19,6 +19,7 @@ from buffer.keys import key
 from buffer.ledger import Ledger, Snapshot
 from launch.config import RunConfig, to_json
 from launch.errors import LaunchError
+from launch.nodes import Nodes
 from launch.status import find_run, of_ledger, progress_line
 from launch.supervise import Child, Supervisor
 
@@ -37,12 +38,20 @@ def process_environment(url: str) -> dict[str, str]:
     return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
-def start_learner(children: Supervisor, config: RunConfig, url: str, folder: Path) -> Child:
-    """Starts the learner's process; it reads `config.json` of the folder."""
+def start_learner(
+    children: Supervisor, config: RunConfig, url: str, folder: Path, nodes: Nodes
+) -> list[Child]:
+    """Starts the learner's processes on this machine, rank 0 first; they read `config.json` of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(to_json(config))
     argv = [sys.executable, "-m", "learner.worker", "--folder", str(folder)]
-    return children.start("learner", argv, process_environment(url), folder / "logs" / "learner.log")
+    ranks = []
+    for variables in nodes.ranks():
+        rank = int(variables.get("RANK", "0"))
+        name = f"learner-{rank}" if rank else "learner"
+        environment = {**process_environment(url), **variables}
+        ranks.append(children.start(name, argv, environment, folder / "logs" / f"{name}.log"))
+    return ranks
 
 
 def start_actor(children: Supervisor, run: str, name: str, url: str, logs: Path) -> Child:
@@ -97,12 +106,14 @@ class Progress:
             print(file=sys.stderr)
 
 
-def follow(stream: Stream, learner: Child, actors: Sequence[Child], interrupt: Interrupt) -> Ledger | None:
-    """Shows progress until the learner's process ends; the last snapshot, None if there never was a run.
+def follow(
+    stream: Stream, ranks: Sequence[Child], actors: Sequence[Child], interrupt: Interrupt
+) -> Ledger | None:
+    """Shows progress until the learner's rank 0 ends; the last snapshot, None if there never was a run.
 
-    Raises `LaunchError` if the learner, or every actor, fails.
+    Raises `LaunchError` if a rank of the learner, or every actor, fails.
     """
-    progress, ledger, told = Progress(), None, False
+    progress, ledger, told, learner = Progress(), None, False, ranks[0]
     lost: set[str] = set()
     while learner.returncode is None:
         if interrupt.asked and not told:
@@ -118,11 +129,28 @@ def follow(stream: Stream, learner: Child, actors: Sequence[Child], interrupt: I
                 print(f"\n{actor.name} has ended ({actor.returncode}): {actor.last_words()}", file=sys.stderr)
         if actors and len(lost) == len(actors):
             raise LaunchError(f"no actor is left; {actors[0].last_words()}  (logs: {actors[0].log.parent})")
+        if any(rank.returncode for rank in ranks):
+            break
         time.sleep(_LOOK_S)
     progress.close()
-    if learner.returncode:
-        raise LaunchError(f"learner: {learner.last_words()}  (log: {learner.log})")
+    _check_ranks(ranks)
     return _look(stream) or ledger
+
+
+def _check_ranks(ranks: Sequence[Child]) -> None:
+    """Raises `LaunchError` with what the failed ones said; one that fails takes the others with it."""
+    failed = [rank for rank in ranks if rank.returncode]
+    if failed:
+        said = "; ".join(f"{rank.name}: {rank.last_words()}" for rank in failed)
+        raise LaunchError(f"{said}  (logs: {failed[0].log.parent})")
+
+
+def follow_node(ranks: Sequence[Child], interrupt: Interrupt) -> None:
+    """Waits for the ranks of a node without rank 0, which rank 0 ends. Raises `LaunchError` if one fails."""
+    while any(rank.returncode is None for rank in ranks) and not interrupt.asked:
+        _check_ranks(ranks)
+        time.sleep(_LOOK_S)
+    _check_ranks(ranks)
 
 
 def _look(stream: Stream) -> Ledger | None:

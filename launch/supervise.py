@@ -14,6 +14,8 @@ from buffer.process import end_with_parent
 
 DRAIN_S = 30.0
 """How long a process may take to end in order before it is killed."""
+FAILED_S = 5.0
+"""The same once another one has failed: a rank may wait for it for ever."""
 
 
 class Child:
@@ -44,7 +46,7 @@ class Supervisor:
         with Supervisor() as children:
             learner = children.start("learner", ["python", "-m", "learner.worker"], {}, Path("learner.log"))
             learner.process.wait()
-        # whatever still ran has had SIGTERM, then, after DRAIN_S, SIGKILL
+        # whatever still ran has had SIGTERM, then, after DRAIN_S (FAILED_S after an error), SIGKILL
     """
 
     def __init__(self) -> None:
@@ -86,4 +88,4 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(self.children)
+        self.stop(self.children, FAILED_S if error else DRAIN_S)

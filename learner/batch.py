@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -11,9 +10,6 @@ import msgspec
 from buffer.batches import Manifest
 from buffer.schema import Group
 from buffer.session import Session
-from buffer.stream import read_frames
-
-log = logging.getLogger("learner")
 
 TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
@@ -24,7 +20,7 @@ class Batch(msgspec.Struct, eq=False):
 
     step: int
     groups: list[Group]
-    """In canonical order, by group id."""
+    """Those of this rank, in canonical order, by group id."""
     queued: int
     """Groups that were ready and stay queued."""
     waited_s: float
@@ -33,7 +29,11 @@ class Batch(msgspec.Struct, eq=False):
     """How long reading and decoding took."""
 
 
-def next_batch(session: Session, step: int, on_wait: Callable[[str], None]) -> Batch | None:
+Reader = Callable[[Session, int, Manifest], list[Group]]
+"""Reads the groups of a step's manifest, in canonical order, and strikes those that cannot be read."""
+
+
+def next_batch(session: Session, step: int, read: Reader, on_wait: Callable[[str], None]) -> Batch | None:
     """The batch of a step, or None once the run is over. `on_wait` hears each reason to wait."""
     stream, began = session.stream, time.monotonic()
     while True:
@@ -45,17 +45,5 @@ def next_batch(session: Session, step: int, on_wait: Callable[[str], None]) -> B
         on_wait(answer.reason)
         stream.take(stream.key("bell"), TICK_S)
     found = time.monotonic()
-    groups = read_batch(session, step, answer.manifest)
+    groups = read(session, step, answer.manifest)
     return Batch(step, groups, answer.ready, found - began, time.monotonic() - found)
-
-
-def read_batch(session: Session, step: int, manifest: Manifest) -> list[Group]:
-    """The groups of a manifest in canonical order; the step trains without those that cannot be read."""
-    groups = []
-    for frame in read_frames(session.stream, manifest.groups()):
-        if frame.group is not None:
-            groups.append(frame.group)
-            continue
-        log.warning("step %d trains without a group (%s): %s", step, frame.reason, frame.problem)
-        session.strike(step, frame.row.group, frame.reason, frame.payload)
-    return groups

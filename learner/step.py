@@ -104,11 +104,11 @@ class Trainer:
         Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
         valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
         is reported as `skipped`, as is a batch without a trained token. Raises `BatchError` for a step
-        other than the current version or no groups, `Aborted` when a threshold ended the run.
+        other than the current version or no groups on any rank, `Aborted` when a threshold ended the run.
         """
         if step != self.version:
             raise BatchError(f"step {step}: the weights are version {self.version}; train that step first")
-        if not groups:
+        if not sum_over_ranks([float(len(groups))])[0]:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
         self._watch.check()
         watch, tally = Stopwatch(), Tally()

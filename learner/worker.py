@@ -26,6 +26,7 @@ from buffer.members import Rules
 from buffer.session import Session
 from learner.batch import Batch, next_batch
 from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
@@ -39,8 +40,8 @@ from weightsync.manifest import Manifest
 from weightsync.offer import Offers, address_towards
 
 if TYPE_CHECKING:
+    from learner.ranks import Leader, Ranks
     from learner.sft import SftProgress
-    from learner.step import Trainer
 
 log = logging.getLogger("learner")
 
@@ -81,6 +82,7 @@ class Learner:
         self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
         self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
         self._stopping = False
+        self._ranks: Ranks | None = None
 
     def stop(self, *_: Any) -> None:
         """Ends the run after the step under way (a signal handler)."""
@@ -106,6 +108,7 @@ class Learner:
                 report |= self._finish(trainer, tokenizer, manifest)
                 reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
                 session.leave(reason)
+        self._dismiss()
         (self._folder / "report.json").write_bytes(msgspec.json.encode(report))
 
     def _join(self) -> Session:
@@ -122,20 +125,25 @@ class Learner:
         stream.redis.set(stream.key("config"), self._config)
         return session
 
-    def _trainer(self, folder: Path) -> Trainer:
-        from learner.step import Trainer  # brings torch and Megatron-Core: after all cheap checks
+    def _trainer(self, folder: Path) -> Leader:
+        from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings = self._settings
-        return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        return Leader(
+            self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
+        )
 
-    def _start_over(self, trainer: Trainer) -> Trainer:
+    def _start_over(self, trainer: Leader) -> Leader:
         """Version 0 from its own checkpoint, with a fresh optimizer: what a replay starts from, too."""
         trainer.save(self._folder / START)
         return self._trainer(self._folder / START)
 
     def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
-        rules = self._settings.stream
-        return Feeder(session, order, ahead=rules.groups_per_step * (rules.max_staleness + 2))
+        rules, data = self._settings.stream, self._settings.data
+        asked: PromptOrder | Curriculum = order
+        if data.skip_solved or data.skip_failed:
+            asked = Curriculum(order, self._stream, solved=data.skip_solved, failed=data.skip_failed)
+        return Feeder(session, asked, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
     def _offers(self, session: Session) -> Offers:
         settings = self._settings.weightsync
@@ -148,7 +156,7 @@ class Learner:
         )
 
     def _train(
-        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, feeder: Feeder
+        self, trainer: Leader, session: Session, offers: Offers, record: RunRecord, feeder: Feeder
     ) -> Manifest:
         """All steps; the last version's manifest."""
         manifest = self._publish(trainer, session, offers)
@@ -156,13 +164,13 @@ class Learner:
         for step in range(self._settings.stream.max_steps):
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
-            batch = next_batch(session, step, partial(self._on_wait, feeder))
+            batch = next_batch(session, step, trainer.read, partial(self._on_wait, feeder))
             if batch is None:
                 break
             manifest = self._step(trainer, session, offers, record, batch)
         return manifest
 
-    def _publish(self, trainer: Trainer, session: Session, offers: Offers) -> Manifest:
+    def _publish(self, trainer: Leader, session: Session, offers: Offers) -> Manifest:
         """Commits the current version and offers it to the engines."""
         tensors = trainer.export()
         manifest = Manifest.of(trainer.version, tensors)
@@ -172,7 +180,7 @@ class Learner:
         return manifest
 
     def _step(
-        self, trainer: Trainer, session: Session, offers: Offers, record: RunRecord, batch: Batch
+        self, trainer: Leader, session: Session, offers: Offers, record: RunRecord, batch: Batch
     ) -> Manifest:
         """Trains one batch, commits the version it makes, records what happened."""
         began = time.time()
@@ -219,7 +227,7 @@ class Learner:
             log.info("waiting for groups (%s): %s", reason, who)
 
     def _warm_up(
-        self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord, session: Session
+        self, trainer: Leader, tokenizer: Tokenizer, record: RunRecord, session: Session
     ) -> dict[str, Any]:
         """The supervised warm-up, shown in `{run}:progress`; what goes into the report. Raises `Stopped`."""
 
@@ -228,6 +236,7 @@ class Learner:
             log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
             if self._stopping or self._stream.redis.exists(self._stream.key("stop")):
                 session.leave("stopped")
+                self._dismiss()
                 raise Stopped
 
         assert self._settings.sft is not None
@@ -236,7 +245,12 @@ class Learner:
         log.info("warm-up ended after %d steps at accuracy %.3f", report.steps, report.accuracy)
         return {"steps": report.steps, "accuracy": report.accuracy, "loss": report.loss}
 
-    def _finish(self, trainer: Trainer, tokenizer: Tokenizer, manifest: Manifest) -> dict[str, Any]:
+    def _dismiss(self) -> None:
+        """Ends the other ranks."""
+        if self._ranks is not None:
+            self._ranks.dismiss()
+
+    def _finish(self, trainer: Leader, tokenizer: Tokenizer, manifest: Manifest) -> dict[str, Any]:
         """Exports the model and checks that every engine serves it; what goes into the report."""
         settings = self._settings
         trainer.save(self._folder / "export")
@@ -254,8 +268,24 @@ class Learner:
         return {"weights": msgspec.to_builtins(check), "held_out": msgspec.to_builtins(found)}
 
 
+def follow(settings: Settings, url: str) -> None:
+    """What every rank but rank 0 does. Raises `LearnerError` when rank 0 is gone."""
+    from learner.ranks import Follower, Ranks
+    from learner.step import Trainer
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 ends after its step, and then dismisses the others
+    stream = Stream.connect(url, settings.name, shards=settings.stream.shards)
+
+    def load(folder: Path) -> Trainer:
+        return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+
+    Follower(Ranks.meet(), stream, load).follow()
+
+
 def main() -> int:
-    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is."""
+    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is. With torchrun's variables
+    in the environment, one rank of several."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     folder = parser.parse_args().folder
@@ -265,6 +295,9 @@ def main() -> int:
     settings = msgspec.json.decode(config, type=Settings)
     try:
         url, shards = os.environ["SLIPSTREAM_REDIS"], settings.stream.shards
+        if int(os.environ.get("RANK", "0")):
+            follow(settings, url)
+            return 0
         learner = Learner(Stream.connect(url, settings.name, shards=shards), settings, config, folder)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)

@@ -160,8 +160,7 @@ def _log_softmax(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: torch.Tensor, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
     """[n, V / TP]: this rank's columns of the log-softmax of logits / `temperature` [n]."""
-    logits = torch.matmul(hidden, weight.t())
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature[:, None]
+    logits = torch.matmul(hidden, weight.t()) / temperature[:, None]  # fp32 by the latter
     if group is None:
         return logits.log_softmax(dim=-1)
     logits -= _reduced(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX, group)

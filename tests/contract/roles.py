@@ -77,6 +77,9 @@ def _begin(roles: Roles) -> None:
     actor.applied("a", 0)
     actor.stream.redis.rpush(actor.stream.key("scores:a"), "scores")
     actor.stream.redis.expire(actor.stream.key("scores:a"), 60)
+    actor.stream.redis.hincrbyfloat(actor.stream.key("difficulty"), "0:reward", 1.0)
+    assert plain.hgetall(learner.stream.key("difficulty")) == {b"0:reward": b"1"}
+    plain.hset(learner.stream.key("curriculum"), "0", "[]")
     assert learner.stream.take(learner.stream.key("scores:a"), 1.0) == b"scores"
 
 
