@@ -21,6 +21,8 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Hugging Face checkpoint folder: config.json, safetensors and tokenizer files."""
     micro_batch_tokens: Count = 2048
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations; the optimizer's copy, routers and decays are fp32 in any case."""
     logits_chunk: Count = 1024
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""

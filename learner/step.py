@@ -37,7 +37,7 @@ from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split,
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
-from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
 from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
@@ -90,24 +90,23 @@ class Trainer:
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape)
+        self._model = build_model(self._shape, getattr(torch, model.dtype))
         self._fit = partial(
             pack,
             budget=model.micro_batch_tokens,
             context=parallel_state.get_context_parallel_world_size(),
             tensor=parallel_state.get_tensor_model_parallel_world_size(),
         )
-        data, stages = (
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
-        self._cost = cost_of(self._shape) if data * stages > 1 else None  # they wait for one another
+        copies = parallel_state.get_data_parallel_world_size()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._cost = cost_of(self._shape) if copies * stages > 1 else None  # they wait for one another
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
             self._reference = Reference(self._model)
         load_hf(self._model, self._shape, folder)
         self._parallel = data_parallel(self._model)
+        self._device = next(self._model.parameters()).device
         self._optimizer = build_optimizer(self._parallel, optimizer)
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -199,6 +198,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
+        self._optimizer.reload_model_params()  # where it keeps fp32 copies
         inner = self._optimizer.optimizer
         moments = {
             key: {name: value.clone() for name, value in state.items()}
@@ -255,7 +255,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return target_logprobs(self._parallel, batch, self._chunk)[0]
+        return target_logprobs(self._parallel, batch, self._chunk)[0].cpu()
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -271,7 +271,8 @@ class Trainer:
         return norm
 
     def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
-        batch, config = packed.batch, self._objective
+        packed, config = packed.to(self._device), self._objective
+        batch = packed.batch
         logprobs, entropy = target_logprobs(
             self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )
@@ -308,7 +309,4 @@ class Trainer:
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
-        norm = clip_gradients(self._parallel, self._schedule.clip_grad)
-        if math.isfinite(norm):
-            update(self._optimizer, lr)
-        return norm
+        return clipped_update(self._parallel, self._optimizer, lr, self._schedule.clip_grad)

@@ -82,7 +82,7 @@ def rotate_packed(
     """
     lengths = torch.diff(cu_seqlens)
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    positions = torch.arange(t.size(0)) - starts
+    positions = torch.arange(t.size(0), device=t.device) - starts
     cos, sin = ((table(freqs) * mscale).flatten(1)[positions, None] for table in (torch.cos, torch.sin))
     rotated, rest = t[..., : cos.size(-1)], t[..., cos.size(-1) :]
     if mla_rotary_interleaved:  # DeepSeek's pairs are neighbours in the checkpoint
