@@ -55,6 +55,8 @@ class Snapshot:
 
     weights: list[torch.Tensor]
     """Copies of the parameters, in the model's order."""
+    exact: list[torch.Tensor]
+    """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: dict[str, Any]
     """A copy of the optimizer's moments and counters, by parameter number."""
     version: int
@@ -191,14 +193,15 @@ class Trainer:
             key: {name: value.clone() for name, value in state.items()} for key, state in inner.items()
         }
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, moments, self.version)
+        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
-        self._optimizer.reload_model_params()  # where it keeps fp32 copies
+            for own, weights in zip(self._exact(), snapshot.exact, strict=True):
+                own.copy_(weights)
         inner = self._optimizer.optimizer
         moments = {
             key: {name: value.clone() for name, value in state.items()}
@@ -206,6 +209,12 @@ class Trainer:
         }
         inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
         self.version = snapshot.version
+
+    def _exact(self) -> list[torch.Tensor]:
+        """The weights that the optimizer keeps beside the model's."""
+        models = {id(parameter) for parameter in self._model.parameters()}
+        own = (value for group in self._optimizer.param_groups for value in group["params"])
+        return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
         self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally

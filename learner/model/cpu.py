@@ -31,10 +31,11 @@ class _NoStream:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Within it ``device="cuda"`` creates tensors on the CPU.
+    """Within it ``device="cuda"`` creates tensors on the CPU, whose types have CUDA's names.
 
-    For constructors only: Megatron-Core's optimizers put a constant on "cuda". A mode costs Python
-    time on every operation, so no training runs inside it.
+    For constructors only: Megatron-Core's optimizers put a constant on "cuda", and the one that keeps fp32
+    copies of bf16 weights knows them by "torch.cuda.BFloat16Tensor". A mode costs Python time on every
+    operation, so no training runs inside it.
     """
 
     def __torch_function__(
@@ -44,7 +45,12 @@ class CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return (
+            result.replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.type and len(args) == 1
+            else result
+        )
 
 
 def stand_in_for_cuda() -> None:
