@@ -92,7 +92,7 @@ class Trainer:
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape, getattr(torch, model.dtype))
+        self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
         self._fit = partial(
             pack,
             budget=model.micro_batch_tokens,

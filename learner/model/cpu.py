@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.tensor_parallel import random as tensor_random
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
@@ -62,6 +63,9 @@ def stand_in_for_cuda() -> None:
     torch.cuda.current_stream = lambda device=None: stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    # What is computed again gets the random state that it had, though nothing here is random.
+    tensor_random._get_cuda_rng_state = lambda **_: None
+    tensor_random._set_cuda_rng_state = lambda state, **_: None
     # Some functions are compiled at their first call, for which a host needs a C++ compiler.
     torch.compiler.set_stance("force_eager")
     # Gated DeltaNet takes three functions from flash-linear-attention, which needs a GPU.
