@@ -30,7 +30,7 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: `selective` the inside of attention, MLPs
     and experts, `full` whole layers, of which then only the inputs are kept. Same gradients, less memory,
-    up to a third more time."""
+    more time."""
     logits_chunk: Count = 1024
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""
