@@ -299,7 +299,10 @@ class Trainer:
 
     def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
         """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
-        (count,) = max_over_ranks([float(len(self._fit(rows)))])
+        batches = self._fit(rows)
+        if self._cost is None:
+            return batches
+        (count,) = max_over_ranks([float(len(batches))])
         return self._fit(rows, count=int(count), cost=self._cost)
 
     def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
