@@ -96,7 +96,7 @@ class Agent:
 
     def hear(self, offer: Offer) -> None:
         """Takes note of an offer; one of an older version, or of a learner that was replaced, is ignored."""
-        if self._wanted is None or (offer.epoch, offer.version) > (self._wanted.epoch, self._wanted.version):
+        if self._wanted is None or offer.place > self._wanted.place:
             self._wanted, self._void = offer, ""
             self._changed.set()
 
@@ -149,7 +149,7 @@ class Agent:
     async def _apply(self, offer: Offer, held: Held) -> bool:
         """Applies a staged version once it is committed; whether the engine serves it now."""
         while (standing := await self._registry.standing(offer)) == "open":
-            if self._newer_than(offer) > self._lag:
+            if self._useless(offer):
                 return False
             await asyncio.sleep(COMMIT_LOOK_S)
         if standing == "void":
@@ -168,9 +168,11 @@ class Agent:
         self.state = f"serving {offer.version}"
         return True
 
-    def _newer_than(self, offer: Offer) -> int:
-        """How many versions the newest offer is ahead."""
-        return self._wanted.version - offer.version if self._wanted is not None else 0
+    def _useless(self, offer: Offer) -> bool:
+        """Whether groups of a version could not be trained any more: it is too old, or of a lineage left."""
+        wanted = self._wanted
+        assert wanted is not None
+        return wanted.lineage != offer.lineage or wanted.version - offer.version > self._lag
 
     def _fetch(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image]:
         """The version from the first sources that give it (in a thread). What is of no use is forgotten."""
@@ -226,8 +228,8 @@ class Agent:
         def go_on() -> None:
             if self._ended.is_set():
                 raise Superseded("the agent has ended")
-            if self._newer_than(offer) > self._lag:
-                raise Superseded(f"version {offer.version} is too old by now: another is wanted")
+            if self._useless(offer):
+                raise Superseded(f"version {offer.version} is of no use by now: another is wanted")
 
         staging = Staging(manifest, self._holder.parent_of(manifest), go_on)
         self._staging = (offer.label, staging)

@@ -53,10 +53,10 @@ class Offers:
         learner_epoch: int,
         config: WeightSyncConfig,
         log: Callable[[str], None],
-        lineage: int = 0,
+        lineage: Callable[[], int] = lambda: 0,
         kept_on_disk: int = 4,
     ) -> None:
-        """`kept_on_disk`: versions that stay in `config.folder`, eta + 2."""
+        """`lineage`: that of now, which a fork changes. `kept_on_disk`: versions that stay in the folder."""
         self.stream, self.config, self.log = stream, config, log
         self._epoch, self._lineage, self._kept_on_disk = learner_epoch, lineage, kept_on_disk
         self._address = config.address or address_towards(stream.redis)
@@ -83,8 +83,9 @@ class Offers:
 
     def publish(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         """Offers a version, committed or about to be. The tensors must not change afterwards."""
+        named = msgspec.structs.replace(manifest, lineage=self._lineage(), epoch=self._epoch)
         with self._changed:
-            self._waiting = (manifest, tensors)
+            self._waiting = (named, tensors)
             self._changed.notify_all()
 
     def push_seconds(self) -> dict[str, float]:
@@ -122,7 +123,7 @@ class Offers:
         """Makes the image of a version, and holds it."""
         before = self._offered
         parent = before.manifest.digest if before is not None and self.config.delta else ""
-        named = msgspec.structs.replace(named, lineage=self._lineage, epoch=self._epoch, parent=parent)
+        named = msgspec.structs.replace(named, parent=parent)
         image, manifest = write_image(named, tensors)
         held = self.holder.keep(manifest, image, self._delta(before, manifest, image) if parent else None)
         sources = self.holder.sources(manifest.label)
@@ -162,7 +163,13 @@ class Offers:
     def _mail(self, name: str, epoch: str, held: Held, sources: list[Source]) -> None:
         manifest = held.manifest
         offer = Offer(
-            epoch, manifest.version, manifest.digest, manifest.epoch, digest_of(held.encoded), sources
+            epoch,
+            manifest.version,
+            manifest.digest,
+            manifest.lineage,
+            manifest.epoch,
+            digest_of(held.encoded),
+            sources,
         )
         key = self.stream.key(f"mail:{name}")
         with self.stream.redis.pipeline(transaction=False) as pipe:
@@ -230,7 +237,7 @@ def open_offers(
     config: WeightSyncConfig,
     *,
     learner_epoch: int,
-    lineage: int,
+    lineage: Callable[[], int],
     kept_on_disk: int,
     log: Callable[[str], None],
 ) -> Offers | Lanes:

@@ -41,6 +41,8 @@ class Offer(msgspec.Struct, tag="offer", frozen=True):
     """Epoch of the actor this was written for; a later one ignores it."""
     version: int
     digest: str
+    lineage: int
+    """A fork makes a new one, in which versions may go back."""
     epoch: int
     """Number of the learner's epoch."""
     manifest: str
@@ -51,6 +53,11 @@ class Offer(msgspec.Struct, tag="offer", frozen=True):
     def label(self) -> str:
         """As `Manifest.label`."""
         return f"{self.version}:{self.digest}"
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What decides which of two offers is the newer one."""
+        return self.epoch, self.lineage, self.version
 
 
 class JoinGroup(msgspec.Struct, tag="join", frozen=True):

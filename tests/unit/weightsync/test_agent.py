@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.weightsync.versions import offer_of, version
 from weightsync import agent as module
@@ -176,7 +177,7 @@ async def test_a_pull_under_way_is_finished_while_it_is_of_use(
     await run.engine.until(5)
     assert run.engine.served == served
     if lag == 1:
-        assert any("version 3 is too old by now" in line for line in run.log)
+        assert any("version 3 is of no use by now" in line for line in run.log)
 
 
 @pytest.mark.parametrize("chunk", range(7))
@@ -231,7 +232,7 @@ async def test_a_stage_without_commit_is_forgotten_when_another_learner_has_come
     assert (len(run.log), run.agent.staged_versions) == (1, 1), "said once, and not tried again"
     run.registry.standings[3] = "committed"
     again = run.medium.offer(3)
-    run.agent.hear(Offer(again.actor_epoch, 3, again.digest, 2, again.manifest, again.sources))
+    run.agent.hear(replace(again, epoch=2))
     await run.engine.until(3)
 
 
@@ -239,11 +240,26 @@ async def test_a_learner_that_was_replaced_is_not_heard(scene: Make) -> None:
     run = scene(3, 4)
     old = run.medium.offer(4)
     new = run.medium.offer(3)
-    run.agent.hear(Offer(new.actor_epoch, 3, new.digest, 2, new.manifest, new.sources))
+    run.agent.hear(replace(new, epoch=2))
     run.agent.hear(old)
     await run.engine.until(3)
     await asyncio.sleep(0.1)
     assert run.engine.served == [3]
+
+
+async def test_after_a_fork_versions_go_back(scene: Make) -> None:
+    """A lineage that was left counts for nothing, however new its versions, also in the middle of a pull."""
+    run = scene(3, 4, 5, lag=9)
+    run.agent.hear(run.medium.offer(4))
+    await run.engine.until(4)
+    run.medium.begun.clear()
+    run.medium.gate.clear()
+    run.agent.hear(run.medium.offer(5))
+    assert await asyncio.to_thread(run.medium.begun.wait, 10)
+    run.agent.hear(replace(run.medium.offer(3), lineage=1))
+    run.medium.gate.set()
+    await run.engine.until(3)
+    assert run.engine.served == [4, 3]
 
 
 async def test_an_open_version_that_is_too_old_makes_room(scene: Make) -> None:
@@ -278,6 +294,6 @@ async def test_an_engine_whose_weights_are_unknown_ends_the_agent(scene: Make) -
 async def test_a_manifest_that_is_not_the_one_offered_is_refused(scene: Make) -> None:
     run = scene(3)
     offer = run.medium.offer(3)
-    run.agent.hear(Offer(offer.actor_epoch, 3, offer.digest, 1, "00", offer.sources))
+    run.agent.hear(replace(offer, manifest="00"))
     await run.says("ask another source")
     assert run.engine.served == []

@@ -41,7 +41,7 @@ def version(
 def offer_of(manifest: Manifest, sources: list[Source]) -> Offer:
     """The offer of a version from these sources."""
     sealed = digest_of(encode_manifest(manifest))
-    return Offer("1:a", manifest.version, manifest.digest, manifest.epoch, sealed, sources)
+    return Offer("1:a", manifest.version, manifest.digest, 0, manifest.epoch, sealed, sources)
 
 
 def damaged(image: Image, offset: int) -> Image:
