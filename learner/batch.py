@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -31,26 +32,31 @@ class Batch(msgspec.Struct, eq=False):
     """In canonical order, by group id."""
     queued: int
     """Groups that were ready and stay queued."""
-    waited_s: float
-    """How long the learner had nothing to train."""
     fetched_s: float
     """How long reading and decoding took."""
+    waited_s: float = 0.0
+    """How long the learner had nothing to train."""
 
 
-def next_batch(session: Session, step: int, on_wait: Callable[[str], None]) -> Batch | None:
-    """The batch of a step, or None once the run is over. `on_wait` hears each reason to wait."""
-    stream, began = session.stream, time.monotonic()
-    while True:
+def look_for_batch(
+    session: Session, step: int, on_wait: Callable[[str], None], stopped: threading.Event
+) -> Batch | None:
+    """The batch of a step once there is one; None when the run is over, or `stopped` is set while it waits.
+
+    `on_wait` hears each reason to wait. Raises `PayloadGone`.
+    """
+    stream = session.stream
+    while not stopped.is_set():
         answer = session.assign(step)
         if answer.status == "end":
             return None
         if answer.status == "batch":
-            break
+            began = time.monotonic()
+            groups = read_batch(session, step, answer.manifest)
+            return Batch(step, groups, answer.ready, time.monotonic() - began)
         on_wait(answer.reason)
         stream.take(stream.key("bell"), TICK_S)
-    found = time.monotonic()
-    groups = read_batch(session, step, answer.manifest)
-    return Batch(step, groups, answer.ready, found - began, time.monotonic() - found)
+    return None
 
 
 def read_batch(session: Session, step: int, manifest: Manifest) -> list[Group]:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from buffer.ledger import Snapshot
 from buffer.session import Session
-from learner.batch import Batch, PayloadGone, next_batch
+from learner.batch import Batch, PayloadGone
 from learner.checkpoint.restore import Restore
 from learner.checkpoint.schedule import Checkpoints
 from learner.feed import Feeder
+from learner.prefetch import Prefetch
 from learner.record import RunRecord
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
@@ -62,11 +63,19 @@ class Loop:
         """All steps; the last version's manifest."""
         manifest = self._publish()
         self._training_since = time.time()
+        with Prefetch(self._session) as batches:
+            manifest = self._steps(batches, manifest)
+        if self._checkpoints is not None:
+            self._checkpoints.last(self._trainer, manifest.digest)
+        return manifest
+
+    def _steps(self, batches: Prefetch, manifest: Manifest) -> Manifest:
+        """Steps until the last or the run's end; `manifest` is that of the version now."""
         while self._trainer.version < self._max_steps:
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
             try:
-                batch = next_batch(self._session, self._trainer.version, partial(self._on_wait, manifest))
+                batch = batches.next(self._trainer.version, partial(self._on_wait, manifest))
             except PayloadGone as gone:
                 self._restore.fork(self._trainer.version, str(gone))
                 manifest = self._publish()
@@ -74,8 +83,6 @@ class Loop:
             if batch is None:
                 break
             manifest = self._step(batch)
-        if self._checkpoints is not None:
-            self._checkpoints.last(self._trainer, manifest.digest)
         return manifest
 
     def _publish(self) -> Manifest:
@@ -122,7 +129,7 @@ class Loop:
                 "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints is not None else 0.0,
                 "seconds_push": self._offers.push_seconds(),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
-                "time_batch": began - batch.fetched_s - batch.waited_s,
+                "time_batch": began - batch.waited_s,
                 "time": ended,
             }
         )
