@@ -27,12 +27,25 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FILE", help="questions to train on: JSONL in GSM8K's schema")
     demo.add_argument("--name", help="name of the run (default: demo)")
     demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
+    demo.add_argument(
+        "--family", default="qwen3", help="of the model it makes: qwen3 (default), qwen3_moe or qwen3_next"
+    )
     demo.add_argument("--record", action="store_true", help="keep all it consumes in runs/<name>/record")
     demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")
 
     learner = _command(subparsers, "learner", commands.learner, "train a run; needs a Redis")
     _run_options(learner)
     _redis_option(learner)
+    learner.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="node groups of processes (default: 1)"
+    )
+    learner.add_argument(
+        "--nproc-per-node", type=int, default=1, metavar="K", help="processes a node (default: 1)"
+    )
+    learner.add_argument(
+        "--node", type=int, metavar="I", help="this machine is node I, 0 the first (default: it is all nodes)"
+    )
+    learner.add_argument("--meet", default="", metavar="HOST:PORT", help="with --node: where node 0 listens")
 
     actors = _command(
         subparsers, "actors", commands.actors, "generate for a run; needs nothing but the Redis URL"
@@ -40,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     actors.add_argument("--count", type=int, default=1, metavar="N", help="actors to start (default: 1)")
     actors.add_argument("--run", help="name of the run (default: the only one)")
     _redis_option(actors)
+
+    scale = _command(subparsers, "scale", commands.scale, "run more or fewer actors while it trains")
+    scale.add_argument("what", choices=("actors",))
+    scale.add_argument("count", type=int, metavar="N", help="how many actors all launchers run together")
+    scale.add_argument("--run", help="name of the run (default: the only one)")
+    _redis_option(scale)
 
     redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
     redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
@@ -137,9 +156,20 @@ def _redis_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Overrides may stand before, between and behind options, which argparse cannot say."""
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args
+    args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors of ours are one line on standard error and exit code 2."""
-    args = build_parser().parse_args(argv)
+    args = _parse(build_parser(), argv)
     try:
         return args.function(args)
     except KeyboardInterrupt:

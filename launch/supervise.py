@@ -14,6 +14,13 @@ from buffer.process import end_with_parent
 
 DRAIN_S = 30.0
 """How long a process may take to end in order before it is killed."""
+FAILED_S = 5.0
+"""The same once another one has failed: a rank may wait for it for ever."""
+
+
+def process_environment(url: str) -> dict[str, str]:
+    """The environment of a worker: the server's URL, out of sight of `ps`, and one thread a process."""
+    return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 class Child:
@@ -26,6 +33,11 @@ class Child:
     def returncode(self) -> int | None:
         """Exit code, negative for a signal, None while it runs."""
         return self.process.poll()
+
+    def kill(self) -> None:
+        """Ends its whole process group at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def last_words(self) -> str:
         """The last line of its log, or how it was ended."""
@@ -44,7 +56,7 @@ class Supervisor:
         with Supervisor() as children:
             learner = children.start("learner", ["python", "-m", "learner.worker"], {}, Path("learner.log"))
             learner.process.wait()
-        # whatever still ran has had SIGTERM, then, after DRAIN_S, SIGKILL
+        # whatever still ran has had SIGTERM, then, after DRAIN_S (FAILED_S after an error), SIGKILL
     """
 
     def __init__(self) -> None:
@@ -77,8 +89,7 @@ class Supervisor:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
+                child.kill()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -86,4 +97,4 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(self.children)
+        self.stop(self.children, FAILED_S if error else DRAIN_S)

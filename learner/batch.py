@@ -1,8 +1,7 @@
-"""Waiting for the next safe batch and reading its groups."""
+"""Waiting for a safe batch and fetching this rank's share of it."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +9,8 @@ from collections.abc import Callable
 import msgspec
 
 from buffer.batches import Manifest
-from buffer.schema import Group
 from buffer.session import Session
-from buffer.stream import read_frames
-
-log = logging.getLogger("learner")
+from buffer.stream import Frame
 
 TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
@@ -25,11 +21,12 @@ class PayloadGone(Exception):
 
 
 class Batch(msgspec.Struct, eq=False):
-    """What one step trains."""
+    """What one step is to train, as fetched."""
 
     step: int
-    groups: list[Group]
-    """In canonical order, by group id."""
+    manifest: Manifest
+    frames: list[Frame]
+    """This rank's share: each row with its group, or why there is none."""
     queued: int
     """Groups that were ready and stay queued."""
     fetched_s: float
@@ -38,12 +35,16 @@ class Batch(msgspec.Struct, eq=False):
     """How long the learner had nothing to train."""
 
 
+Fetch = Callable[[int, Manifest], list[Frame]]
+"""Reads this rank's share of a step's manifest."""
+
+
 def look_for_batch(
-    session: Session, step: int, on_wait: Callable[[str], None], stopped: threading.Event
+    session: Session, step: int, fetch: Fetch, on_wait: Callable[[str], None], stopped: threading.Event
 ) -> Batch | None:
     """The batch of a step once there is one; None when the run is over, or `stopped` is set while it waits.
 
-    `on_wait` hears each reason to wait. Raises `PayloadGone`.
+    `on_wait` hears each reason to wait.
     """
     stream = session.stream
     while not stopped.is_set():
@@ -51,26 +52,9 @@ def look_for_batch(
         if answer.status == "end":
             return None
         if answer.status == "batch":
-            began = time.monotonic()
-            groups = read_batch(session, step, answer.manifest)
-            return Batch(step, groups, answer.ready, time.monotonic() - began)
+            began, manifest = time.monotonic(), answer.manifest
+            frames = fetch(step, manifest)
+            return Batch(step, manifest, frames, answer.ready, time.monotonic() - began)
         on_wait(answer.reason)
         stream.take(stream.key("bell"), TICK_S)
     return None
-
-
-def read_batch(session: Session, step: int, manifest: Manifest) -> list[Group]:
-    """The groups of a manifest in canonical order; the step trains without those that cannot be read.
-
-    Raises `PayloadGone` if the step was trained, with all of them, before.
-    """
-    groups = []
-    for frame in read_frames(session.stream, manifest.groups()):
-        if frame.group is not None:
-            groups.append(frame.group)
-            continue
-        if step < session.version:
-            raise PayloadGone(f"step {step} cannot be trained again ({frame.reason}): {frame.problem}")
-        log.warning("step %d trains without a group (%s): %s", step, frame.reason, frame.problem)
-        session.strike(step, frame.row.group, frame.reason, frame.payload)
-    return groups

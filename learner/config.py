@@ -21,13 +21,16 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Hugging Face checkpoint folder: config.json, safetensors and tokenizer files."""
     micro_batch_tokens: Count = 2048
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
+    logits_chunk: Count = 1024
+    """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
+    so many at a time, and again in the backward pass."""
 
 
 class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """One of several data sets that a run mixes."""
 
     path: str
-    """JSONL file."""
+    """File, saved folder or pattern, as `data.path`."""
     weight: Positive = 1.0
     """How often an epoch asks each of its rows: 2 is twice, 0.5 is half of them, the other half the
     epoch after."""
@@ -43,9 +46,10 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     """Which questions a run asks."""
 
     path: str
-    """JSONL file; empty where `sources` are given."""
+    """JSONL or Parquet file, folder saved by Hugging Face `datasets`, or pattern such as
+    `data/train-*.parquet`; empty where `sources` are given."""
     sources: list[SourceConfig] = []
-    """Several JSONL files with weights, instead of `path`."""
+    """Several data sets with weights, instead of `path`."""
     question: str = "question"
     """Field of the question in `path`, `held_out` and `demonstrations`: a text, or a list of messages
     with `role` and `content` for the chat template."""
@@ -55,9 +59,9 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     """What every gold answer must hold, so that data which the reward cannot read is refused at the
     start; empty: anything."""
     held_out: str = ""
-    """JSONL file of questions that are only measured on; empty: the training questions."""
+    """Questions that are only measured on, as `path`; empty: the training questions."""
     demonstrations: str = ""
-    """JSONL file of answers that the supervised warm-up learns; empty: those of the training questions."""
+    """Answers that the supervised warm-up learns, as `path`; empty: those of the training questions."""
     template: str = ""
     """Prompt text with `{question}` in it; empty: the tokenizer's chat template, or the question and a
     line break if it has none."""
@@ -67,6 +71,10 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     """Shorter prompts are left out."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are left out; how many prompts are left out is said at the start."""
+    skip_solved: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """A question that so many groups solved (`rollout.solved`) is left out of later epochs; 0: never."""
+    skip_failed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """A question at which so many groups failed (`rollout.failed`) is left out of later epochs; 0: never."""
     epochs: Count | None = None
     """Passes through the data after which the run ends; absent: it ends at `stream.max_steps` alone."""
 

@@ -1,71 +1,18 @@
-"""Data sets of questions and gold answers, and the deterministic order in which a run asks them.
-
-A data set is a JSONL file with a field for the question and one for the gold answer; GSM8K's is
-`question`, and `answer` ending in `#### <final answer>`.
-"""
+"""The deterministic order in which a run asks the questions of its data sets."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import msgspec
 
 from buffer.schema import Prompt
 from learner.config import DataConfig, SourceConfig
 from learner.errors import DataError
-from learner.tokenizer import Message, Tokenizer
-
-
-class Example(msgspec.Struct, frozen=True):
-    """A row of a data set."""
-
-    row: int
-    """Line of the file, from 0."""
-    question: str | list[Message]
-    """A text, or a conversation for the chat template."""
-    answer: str
-    """The gold answer as given."""
-
-
-def load_jsonl(
-    path: Path, *, question: str = "question", answer: str = "answer", marker: str = "####"
-) -> list[Example]:
-    """All examples of a file; the fields' names are `question` and `answer`, and every gold answer holds
-    `marker`. Raises `DataError` naming file and line."""
-    if not path.is_file():
-        raise DataError(f"data.path: no file {path}; give a JSONL file with `{question}` and `{answer}`")
-    line_type = msgspec.defstruct(
-        "Line",
-        [
-            ("question", str | list[Message], msgspec.field(name=question)),
-            ("answer", str, msgspec.field(name=answer)),
-        ],
-    )
-    decoder, examples = msgspec.json.Decoder(line_type), []
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                example = decoder.decode(line)
-            except msgspec.MsgspecError as error:
-                problem = f"{path}, line {row + 1}: {error}; expected an object with `{question}` and"
-                raise DataError(f"{problem} `{answer}`") from error
-            if marker not in example.answer:
-                problem = (
-                    f"{path}, line {row + 1}: {answer}: got {example.answer[-40:]!r}, expected it to end"
-                )
-                raise DataError(
-                    f"{problem} in `{marker} <final answer>`; or set data.answer_marker to what the gold "
-                    "answers hold"
-                )
-            examples.append(Example(row, example.question, example.answer))
-    if not examples:
-        raise DataError(f"{path}: no examples in it")
-    return examples
+from learner.rows import Example, load_rows
+from learner.tokenizer import Tokenizer
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -108,7 +55,7 @@ class PromptOrder:
     """The sequence of prompts of a run: every epoch a new order from (seed, epoch).
 
     A position alone determines its prompt, so a run can be continued from any of them. Worked example:
-    with 3 prompts and `epochs` 2, ``length`` is 6, ``at(0)`` to ``at(2)`` are the three in some order,
+    with 3 prompts and `epochs` 2, ``at(0)`` to ``at(2)`` are the three in some order,
     ``at(3)`` to ``at(5)`` in another, ``at(6)`` is None.
     """
 
@@ -124,9 +71,8 @@ class PromptOrder:
         self._prompts, self._seed = prompts, seed
         self._shares = [Share(0, len(prompts), 1.0)] if shares is None else list(shares)
         self._size = sum(share.size for share in self._shares)
-        self._epoch, self._order = -1, list[int]()
-        self.length = None if epochs is None else epochs * self._size
-        """How many positions have a prompt; None: all."""
+        self._epochs, self._number = epochs, -1
+        self._epoch: list[Prompt] | None = None
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[PromptOrder, int]:
@@ -139,8 +85,8 @@ class PromptOrder:
         shares = []
         rows = asked = 0
         for source in _sources(config):
-            examples = load_jsonl(
-                Path(source.path),
+            examples = load_rows(
+                source.path,
                 question=source.question,
                 answer=source.answer,
                 marker=config.answer_marker,
@@ -158,14 +104,18 @@ class PromptOrder:
 
     def at(self, position: int) -> Prompt | None:
         """The prompt at a position of the run, from 0; None after the last epoch."""
-        if self.length is not None and position >= self.length:
+        number, index = divmod(position, self._size)
+        if number != self._number:
+            self._number, self._epoch = number, self.epoch(number)
+        return None if self._epoch is None else self._epoch[index]
+
+    def epoch(self, number: int) -> list[Prompt] | None:
+        """The prompts of an epoch in its order; None after the last."""
+        if self._epochs is not None and number >= self._epochs:
             return None
-        epoch, index = divmod(position, self._size)
-        if epoch != self._epoch:
-            order = [index for share in self._shares for index in share.taken(self._seed, epoch)]
-            random.Random(f"{self._seed}:{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._prompts[self._order[index]]
+        order = [index for share in self._shares for index in share.taken(self._seed, number)]
+        random.Random(f"{self._seed}:{number}").shuffle(order)
+        return [self._prompts[index] for index in order]
 
     def __iter__(self) -> Iterator[Prompt]:
         """The prompts from position 0 on, to the last epoch's end."""

@@ -19,23 +19,24 @@ from types import TracebackType
 
 from buffer.errors import StreamError
 from buffer.session import Session
-from learner.batch import TICK_S, Batch, PayloadGone, look_for_batch
+from learner.batch import TICK_S, Batch, Fetch, look_for_batch
 from learner.errors import LearnerError
 
 
 class Prefetch(threading.Thread):
     """Fetches batches in the background.
 
-    with Prefetch(session) as batches:
-        batches.next(0, on_wait)       # the batch of step 0; that of step 1 is fetched from now on
+    with Prefetch(session, fetch) as batches:
+        batches.next(0, on_wait)       # the batch of step 0
+        batches.ahead(1)               # that of step 1 is fetched from now on
         batches.next(1, on_wait)
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, fetch: Fetch) -> None:
         super().__init__(name="prefetch", daemon=True)
-        self._session = session
+        self._session, self._fetch = session, fetch
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Batch | StreamError | PayloadGone | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Batch | StreamError | None] = queue.SimpleQueue()
         self._asked: int | None = None
         self._stopped = threading.Event()
         self._reason = "few"
@@ -43,12 +44,11 @@ class Prefetch(threading.Thread):
     def next(self, step: int, on_wait: Callable[[str], None]) -> Batch | None:
         """The batch of a step, or None once the run is over.
 
-        `on_wait` hears, in this thread, each reason to wait. Raises what the stream raised; `PayloadGone`,
-        after which the same step may be asked for again.
+        `on_wait` hears, in this thread, each reason to wait. Raises what the stream raised.
         """
         began = time.monotonic()
         if self._asked is None:
-            self._ask(step)
+            self.ahead(step)
         assert self._asked == step, f"step {step} was asked for, {self._asked} is being fetched"
         while True:
             try:
@@ -63,23 +63,26 @@ class Prefetch(threading.Thread):
             raise found
         if found is not None:
             found.waited_s = time.monotonic() - began
-            self._ask(step + 1)
         return found
+
+    def ahead(self, step: int) -> None:
+        """Begins to look for the batch of a step, which `next` will be asked for."""
+        self._asked, self._reason = step, "few"
+        self._wanted.put(step)
 
     def run(self) -> None:
         """Answers each step that is asked for."""
         while (step := self._wanted.get()) is not None:
             try:
-                self._found.put(look_for_batch(self._session, step, self._on_wait, self._stopped))
-            except (StreamError, PayloadGone) as error:
+                self._found.put(self._look(step))
+            except StreamError as error:
                 self._found.put(error)
 
     def _on_wait(self, reason: str) -> None:
         self._reason = reason
 
-    def _ask(self, step: int) -> None:
-        self._asked, self._reason = step, "few"
-        self._wanted.put(step)
+    def _look(self, step: int) -> Batch | None:
+        return look_for_batch(self._session, step, self._fetch, self._on_wait, self._stopped)
 
     def __enter__(self) -> Prefetch:
         self.start()

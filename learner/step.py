@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
@@ -29,18 +30,26 @@ from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
-from learner.errors import BatchError, ConfigError
+from learner.errors import BatchError, CheckpointError, ConfigError
+from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
-from learner.model.forward import generate, score, target_logits
+from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
-from learner.objective import Tokens, Totals, objective, token_logprobs
+from learner.model.world import (
+    count_ranks,
+    max_over_ranks,
+    merge_over_ranks,
+    rank,
+    sum_over_ranks,
+    union_over_ranks,
+)
+from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
-from learner.packing import MicroBatch, pack, row_of_tokens
+from learner.packing import MicroBatch, Row, pack, row_of_tokens
 from learner.reference import Reference
 from learner.samples import choose
 from learner.watch import Watch
@@ -83,13 +92,24 @@ class Trainer:
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self._folder = folder
-        self._budget = model.micro_batch_tokens
+        self._chunk = model.logits_chunk
         self._schedule = optimizer
         self._objective = objective
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape)
+        self._fit = partial(
+            pack,
+            budget=model.micro_batch_tokens,
+            context=parallel_state.get_context_parallel_world_size(),
+            tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        data, stages = (
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        self._cost = cost_of(self._shape) if data * stages > 1 else None  # they wait for one another
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -104,11 +124,11 @@ class Trainer:
         Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
         valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
         is reported as `skipped`, as is a batch without a trained token. Raises `BatchError` for a step
-        other than the current version or no groups, `Aborted` when a threshold ended the run.
+        other than the current version or no groups on any rank, `Aborted` when a threshold ended the run.
         """
         if step != self.version:
             raise BatchError(f"step {step}: the weights are version {self.version}; train that step first")
-        if not groups:
+        if not sum_over_ranks([float(len(groups))])[0]:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
         self._watch.check()
         watch, tally = Stopwatch(), Tally()
@@ -136,13 +156,13 @@ class Trainer:
         It does not count as a version.
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
-        batches = pack(rows, self._budget)
+        batches = self._pack(rows)
         (tokens,) = sum_over_ranks([float(sum(len(batch.targets) for batch in batches))])
         losses: list[float] = []
 
         def loss(batch: MicroBatch) -> torch.Tensor:
-            logits = target_logits(self._parallel, batch)
-            total = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+            logprobs, _ = target_logprobs(self._parallel, batch, self._chunk)
+            total = -logprobs.sum() / tokens
             losses.append(total.item())
             return total
 
@@ -160,7 +180,7 @@ class Trainer:
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""
-        return score(self._model, sequences, self._budget, temperature)
+        return score(self._model, sequences, self._fit, temperature, self._chunk)
 
     def generate(
         self,
@@ -171,7 +191,7 @@ class Trainer:
         seed: int = 0,
     ) -> list[list[int]]:
         """Sampled answers (greedy at temperature 0) without `eos_id`; meant for short ones."""
-        return generate(self._model, prompts, max_new_tokens, eos_id, self._budget, temperature, seed)
+        return generate(self._model, prompts, max_new_tokens, eos_id, self._fit, temperature, seed)
 
     def parts(self) -> list[Part]:
         """What a checkpoint holds: views of weights and moments, which the next step changes."""
@@ -185,11 +205,17 @@ class Trainer:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
 
         The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
-        `CheckpointError`.
+        `CheckpointError`, on every rank if on any.
         """
         if self._objective.kl.coefficient:
             self._reference_at(0)
-        self.version = load(self._model, self._optimizer, folder)
+        error = None
+        try:
+            self.version = load(self._model, self._optimizer, folder, rank())
+        except CheckpointError as found:
+            error = found
+        if failed := count_ranks(error is not None):
+            raise error or CheckpointError(f"{folder} cannot be read by {failed} other ranks")
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
@@ -223,7 +249,7 @@ class Trainer:
             for group, why in chosen.dropped.items():
                 log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
             everywhere = union_over_ranks([group.id for group in chosen.groups])
-            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
+            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._pack, sum_over_ranks)
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:
@@ -261,7 +287,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return token_logprobs(target_logits(self._parallel, batch), batch.targets, batch.temperature)[0]
+        return target_logprobs(self._parallel, batch, self._chunk)[0]
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -278,10 +304,11 @@ class Trainer:
 
     def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
         batch, config = packed.batch, self._objective
-        logits = target_logits(self._parallel, batch)
-        logprobs, entropy = token_logprobs(
-            logits, batch.targets, batch.temperature, entropy_gradient=config.entropy > 0
+        logprobs, entropy = target_logprobs(
+            self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )
+        if not batch.rows:  # only the other ranks' collectives want this pass
+            return logprobs.sum()
         proximal = (
             logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
         )
@@ -291,6 +318,11 @@ class Trainer:
         result = objective(tokens, totals, config)
         count_tokens(tally, tokens, result, entropy, batch.staleness)
         return result.loss
+
+    def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
+        (count,) = max_over_ranks([float(len(self._fit(rows)))])
+        return self._fit(rows, count=int(count), cost=self._cost)
 
     def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
         """Sum the gradients of the micro-batches' losses, and then over the ranks."""

@@ -33,6 +33,7 @@ from learner.config import (
     OptimizerConfig,
     SftConfig,
 )
+from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
@@ -47,8 +48,8 @@ from weightsync.manifest import Manifest
 from weightsync.offer import Offers, address_towards
 
 if TYPE_CHECKING:
+    from learner.ranks import Leader, Ranks
     from learner.sft import SftProgress
-    from learner.step import Trainer
 
 log = logging.getLogger("learner")
 
@@ -87,6 +88,7 @@ class Learner:
     def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
         self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
         self._stopping = False
+        self._ranks: Ranks | None = None
 
     def stop(self, *_: Any) -> None:
         """Ends the run after the step under way (a signal handler)."""
@@ -126,6 +128,7 @@ class Learner:
                 self._report(self._finish(trainer, tokenizer, manifest))
                 reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
                 session.leave(reason)
+        self._dismiss()
 
     def _join(self) -> tuple[Session, list[Checkpoint]]:
         """Creates the run, or takes it over, and puts there what actors need."""
@@ -136,18 +139,20 @@ class Learner:
         stream.redis.set(stream.key("config"), self._config)
         return session, found
 
-    def _trainer(self, folder: Path) -> Trainer:
-        from learner.step import Trainer  # brings torch and Megatron-Core: after all cheap checks
+    def _trainer(self, folder: Path) -> Leader:
+        from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings = self._settings
-        return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        return Leader(
+            self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
+        )
 
-    def _start(self) -> Trainer:
+    def _start(self) -> Leader:
         """The trainer that step 0 trains with."""
         folder = self._folder / START if self._settings.sft is not None else Path(self._settings.model.path)
         return self._trainer(folder)
 
-    def _version_0(self, tokenizer: Tokenizer, record: RunRecord, session: Session) -> Trainer:
+    def _version_0(self, tokenizer: Tokenizer, record: RunRecord, session: Session) -> Leader:
         """The trainer of a new run, after the warm-up if there is one.
 
         A warm-up ends with version 0 as a checkpoint and a fresh optimizer: what a replay and a run that goes
@@ -162,7 +167,8 @@ class Learner:
 
     def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
         config, folder = self._settings.checkpoint, self._folder / "checkpoints"
-        return Checkpoints(session, config, folder, saved) if config.every else None
+        ranks = self._ranks.size if self._ranks is not None else 1
+        return Checkpoints(session, config, folder, saved, ranks=ranks) if config.every else None
 
     def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
         """Adds to `report.json`, which a run that is cut off goes on with."""
@@ -173,8 +179,11 @@ class Learner:
         partial.rename(path)
 
     def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
-        rules = self._settings.stream
-        return Feeder(session, order, ahead=rules.groups_per_step * (rules.max_staleness + 2))
+        rules, data = self._settings.stream, self._settings.data
+        asked: PromptOrder | Curriculum = order
+        if data.skip_solved or data.skip_failed:
+            asked = Curriculum(order, self._stream, solved=data.skip_solved, failed=data.skip_failed)
+        return Feeder(session, asked, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
     def _offers(self, session: Session) -> Offers:
         settings = self._settings.weightsync
@@ -192,7 +201,7 @@ class Learner:
             self._stream.redis.set(self._stream.key("stop"), "signal")
 
     def _warm_up(
-        self, trainer: Trainer, tokenizer: Tokenizer, record: RunRecord, session: Session
+        self, trainer: Leader, tokenizer: Tokenizer, record: RunRecord, session: Session
     ) -> dict[str, Any]:
         """The supervised warm-up, shown in `{run}:progress`; what goes into the report. Raises `Stopped`."""
 
@@ -201,6 +210,7 @@ class Learner:
             log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
             if self._stopping or self._stream.redis.exists(self._stream.key("stop")):
                 session.leave("stopped")
+                self._dismiss()
                 raise Stopped
 
         assert self._settings.sft is not None
@@ -209,7 +219,12 @@ class Learner:
         log.info("warm-up ended after %d steps at accuracy %.3f", report.steps, report.accuracy)
         return {"steps": report.steps, "accuracy": report.accuracy, "loss": report.loss}
 
-    def _finish(self, trainer: Trainer, tokenizer: Tokenizer, manifest: Manifest) -> dict[str, Any]:
+    def _dismiss(self) -> None:
+        """Ends the other ranks."""
+        if self._ranks is not None:
+            self._ranks.dismiss()
+
+    def _finish(self, trainer: Leader, tokenizer: Tokenizer, manifest: Manifest) -> dict[str, Any]:
         """Exports the model and checks that every engine serves it; what goes into the report."""
         settings = self._settings
         trainer.save(self._folder / "export")
@@ -227,8 +242,24 @@ class Learner:
         return {"weights": msgspec.to_builtins(check), "held_out": msgspec.to_builtins(found)}
 
 
+def follow(settings: Settings, url: str) -> None:
+    """What every rank but rank 0 does. Raises `LearnerError` when rank 0 is gone."""
+    from learner.ranks import Follower, Ranks
+    from learner.step import Trainer
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 ends after its step, and then dismisses the others
+    stream = Stream.connect(url, settings.name, shards=settings.stream.shards)
+
+    def load(folder: Path) -> Leader:
+        return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
+
+    Follower(Ranks.meet(), stream, load).follow()
+
+
 def main() -> int:
-    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is."""
+    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is. With torchrun's variables
+    in the environment, one rank of several."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     folder = parser.parse_args().folder
@@ -238,6 +269,9 @@ def main() -> int:
     settings = msgspec.json.decode(config, type=Settings)
     try:
         url, shards = os.environ["SLIPSTREAM_REDIS"], settings.stream.shards
+        if int(os.environ.get("RANK", "0")):
+            follow(settings, url)
+            return 0
         learner = Learner(Stream.connect(url, settings.name, shards=shards), settings, config, folder)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)

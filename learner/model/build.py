@@ -68,7 +68,7 @@ def build_model(shape: Shape) -> GPTModel:
         position_embedding_type="none" if latent else "rope",  # latent attention rotates by itself
         rotary_base=shape.rope_theta,
         rotary_percent=1.0 if latent else shape.attention.rotary,
-        parallel_output=False,
+        parallel_output=True,  # learner.model.output reads vocabulary-parallel logits
     )
 
 

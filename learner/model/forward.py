@@ -1,42 +1,53 @@
-"""Running the model over packed micro-batches: logits of targets, scores, and plain sampling."""
+"""Running the model over packed micro-batches: log-probabilities of targets, and plain sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from learner.model.attention import PackedSequences
-from learner.objective import token_logprobs
-from learner.packing import MicroBatch, Row, pack, row_of_tokens
+from learner.model.output import logits_of, logprobs_of
+from learner.packing import MicroBatch, Row, row_of_tokens
+
+Pack = Callable[[Sequence[Row]], list[MicroBatch]]
+"""Micro-batches of rows."""
+
+
+def target_logprobs(
+    model: torch.nn.Module, batch: MicroBatch, chunk: int, entropy_gradient: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability [N] of each of the batch's targets after temperature, and entropy [N] there, fp32.
+
+    The output layer runs over `chunk` targets at a time; see `learner.model.output`.
+    """
+    return _run(model, batch, partial(logprobs_of, chunk=chunk, entropy_gradient=entropy_gradient))
 
 
 def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits [N, V] from which each of the batch's targets is predicted, before temperature.
 
-    Only these positions pass the output layer: with a large vocabulary it is most of the memory.
+    All of them at once: for what samples or compares whole distributions, not for training.
     """
-    return model(
-        input_ids=batch.tokens[None],
-        position_ids=batch.positions[None],
-        attention_mask=None,
-        packed_seq_params=PackedSequences.of(batch.cu_seqlens),
-        output_processor=_project,
-        output_processor_context=batch.predictors,
-    )
+    return _run(model, batch, logits_of)
 
 
 @torch.no_grad()
 def score(
-    model: torch.nn.Module, sequences: Sequence[Sequence[int]], budget: int, temperature: float
+    model: torch.nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pack: Pack,
+    temperature: float,
+    chunk: int,
 ) -> list[np.ndarray]:
     """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each, in the order given."""
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
-    for batch in pack(rows, budget):
-        logprobs, _ = token_logprobs(target_logits(model, batch), batch.targets, batch.temperature)
+    for batch in pack(rows):
+        logprobs, _ = target_logprobs(model, batch, chunk)
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
             scores[index] = part.numpy()
@@ -49,7 +60,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int,
-    budget: int,
+    pack: Pack,
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
@@ -64,7 +75,7 @@ def generate(
     for _ in range(max_new_tokens):
         # One position is predicted a sequence: the target itself is not known yet, hence the 0.
         rows = [row_of_tokens([*sequences[index], 0], len(sequences[index])) for index in running]
-        logits = _last_logits(model, rows, budget)
+        logits = _last_logits(model, rows, pack)
         for index, token in zip(running, _draw(logits, temperature, source), strict=True):
             sequences[index].append(token)
         running = [index for index in running if sequences[index][-1] != eos_id]
@@ -74,9 +85,9 @@ def generate(
     return [answer[:-1] if answer and answer[-1] == eos_id else answer for answer in answers]
 
 
-def _last_logits(model: torch.nn.Module, rows: list[Row], budget: int) -> torch.Tensor:
+def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
-    batches = pack(rows, budget)
+    batches = pack(rows)
     logits = torch.cat([target_logits(model, batch) for batch in batches])
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
@@ -89,14 +100,26 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
     return torch.multinomial(probabilities, 1, generator=source).squeeze(1).tolist()
 
 
-def _project(
+def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
+    """`output` of the model's last hidden states; only the predictors' pass the output layer."""
+    return model(
+        input_ids=batch.tokens[None],
+        position_ids=batch.positions[None],
+        attention_mask=None,
+        packed_seq_params=PackedSequences.of(batch.cu_seqlens_padded),
+        output_processor=partial(_processor, output),
+        output_processor_context=batch,
+    )
+
+
+def _processor(
+    output: Callable[..., Any],
     *,
     hidden_states: torch.Tensor,
     output_layer: torch.nn.Module,
     output_weight: torch.Tensor | None,
-    context: torch.Tensor,
+    context: MicroBatch,
     **_: Any,
-) -> torch.Tensor:
-    """`GPTModel`'s output hook: hidden states [T, 1, H] at the predictors `context` [N] to logits [N, V]."""
-    logits, _bias = output_layer(hidden_states.index_select(0, context), weight=output_weight)
-    return logits.squeeze(1)
+) -> Any:
+    """`GPTModel`'s hook in place of its output layer."""
+    return output(hidden_states, output_layer, output_weight, context)

@@ -19,6 +19,18 @@ def join_world(store: dist.Store | None = None, rank: int = 0, size: int = 1) ->
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
 
 
+def rank() -> int:
+    """Number of this process among all, whatever they share."""
+    return dist.get_rank()
+
+
+def count_ranks(true: bool) -> int:
+    """How many of all processes say so."""
+    count = torch.tensor(int(true))
+    dist.all_reduce(count)
+    return int(count)
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """The element-wise sum over the data-parallel ranks, exact for counts below 2**53."""
     totals = torch.tensor(values, dtype=torch.float64)

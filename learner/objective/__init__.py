@@ -6,7 +6,7 @@ gradient of log pi, so in mode `decoupled` clipping cannot act and the correctio
 Log-ratios are clamped to +-10 before they are exponentiated. Definitions: `docs/objectives.md`.
 """
 
-from learner.objective.tokens import LOG_RATIO_LIMIT, Tokens, Totals, token_logprobs
+from learner.objective.tokens import LOG_RATIO_LIMIT, Tokens, Totals
 from learner.objective.total import Objective, objective
 
-__all__ = ["LOG_RATIO_LIMIT", "Objective", "Tokens", "Totals", "objective", "token_logprobs"]
+__all__ = ["LOG_RATIO_LIMIT", "Objective", "Tokens", "Totals", "objective"]

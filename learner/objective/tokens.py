@@ -50,19 +50,6 @@ class Totals:
     """Samples with at least one trained token."""
 
 
-def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, entropy_gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability [N] of `targets` [N] under `logits` [N, V] / `temperature` [N], and entropy [N].
-
-    Natural logarithms; the entropy carries no gradient unless `entropy_gradient`.
-    """
-    logs = (logits / temperature[:, None]).log_softmax(dim=-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = -(logs.exp() * logs).sum(dim=-1)
-    return logs.gather(1, targets[:, None]).squeeze(1), entropy
-
-
 def aggregate(
     losses: torch.Tensor, sample: torch.Tensor, totals: Totals, config: ObjectiveConfig
 ) -> torch.Tensor:

@@ -52,6 +52,9 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     """Token ids are below this."""
     state: str = "running"
     """What its heartbeats say; to one that is `starting` no learner brings weights."""
+    by_number: bool = False
+    """Whether answers depend on the version's number instead of its digest, so that learners whose weights
+    differ in their last bits are told the same."""
     patience_s: float = 90.0
     schema: int = SCHEMA_VERSION
     poison: int = -1
@@ -291,10 +294,9 @@ class Actor:
                 table.append(serving)
             await asyncio.sleep(settings.group_s / 2)
             for index, part in enumerate(parts):
-                spoken = speak(
-                    serving.digest, settings.seed, lease.position, index, begin, length, settings.vocabulary
-                )
-                part.append((table.index(serving), *spoken))
+                of = str(serving.number) if settings.by_number else serving.digest
+                tokens, logprobs = speak(of, settings.seed, lease.position, index, begin, length)
+                part.append((table.index(serving), tokens % settings.vocabulary, logprobs))
             self.faults.at("generating")
         samples = [finished_sample(lease.prompt, part) for part in parts]
         epoch = int(self.epoch.partition(":")[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from buffer.schema import Group, Version
 from launch.config import RunConfig
@@ -14,6 +15,12 @@ from learner.tokenizer import Tokenizer
 from tests.faults.policy import finished_sample, speak
 from tests.faults.real import VOCABULARY
 from weightsync.manifest import Manifest
+
+
+def answer(of: str, seed: int, position: int, sample: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The one part of an answer, as a scripted actor gives it under one version."""
+    tokens, logprobs = speak(of, seed, position, sample, 0, 8)
+    return 0, tokens % VOCABULARY, logprobs
 
 
 def synchronous(config: bytes, group_size: int) -> dict[int, str]:
@@ -30,9 +37,7 @@ def synchronous(config: bytes, group_size: int) -> dict[int, str]:
             prompt = order.at(position)
             assert prompt is not None
             samples = [
-                finished_sample(
-                    prompt, [(0, *speak(serving.digest, settings.seed, position, index, 0, 8, VOCABULARY))]
-                )
+                finished_sample(prompt, [answer(serving.digest, settings.seed, position, index)])
                 for index in range(group_size)
             ]
             groups.append(Group(0, position, 0, prompt.row, "", 1, 1.0, [serving], 0.0, 0.0, samples))

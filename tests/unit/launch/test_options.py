@@ -12,9 +12,10 @@ from launch.cli import build_parser, main
 
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
-    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--record"],
-    "learner": [*RUN, "--redis"],
+    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
+    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
     "actors": ["--count", "--run", "--redis"],
+    "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
     "redis-users": ["--run", "--redis"],
     "doctor": ["--run", "--json", "--redis"],
@@ -61,11 +62,16 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["learner", "--nodes", "0"], "--nodes / --nproc-per-node: got 0 / 1, expected 1 or more"),
+        (["learner", "--nodes", "2", "--node", "2"], "--node: got 2, expected 0 to 1 with --nodes 2"),
+        (["learner", "--nodes", "2", "--node", "1"], "--meet: got '' with --node, expected HOST:PORT"),
+        (["learner", "--nodes", "2", "--meet", "a:1"], "--meet: got 'a:1' without --node"),
         (["convert", "mcore-to-hf", "a", "--out", "b"], "--like: got None, expected the Hugging Face folder"),
         (
             ["convert", "hf-to-mcore", "a", "--out", "b", "--like", "c"],
             "--like: got c, expected no such option",
         ),
+        (["demo", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )

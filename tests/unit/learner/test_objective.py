@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from learner.config import KlConfig, ObjectiveConfig
 from learner.errors import ConfigError
 from learner.legal import CUSTOM, LEGAL
-from learner.objective import Tokens, Totals, objective, token_logprobs
+from learner.objective import Tokens, Totals, objective
 from learner.objective.corrections import correct
 from learner.objective.losses import Surrogate
 from tests.unit.learner import reference
@@ -323,33 +323,6 @@ def test_extreme_ratios_stay_finite(config: ObjectiveConfig) -> None:
     result.loss.backward()
     assert torch.isfinite(result.loss)
     assert torch.isfinite(tokens.logprobs.grad).all()
-
-
-def test_token_logprobs_and_entropy_divide_by_the_temperature() -> None:
-    source = np.random.default_rng(0)
-    logits = source.normal(0, 3, (6, 9))
-    temperature = np.array([1.0, 0.5, 2.0, 1.0, 0.7, 1.3])
-    targets = source.integers(0, 9, 6)
-    logs = reference.softmax_logs(logits, temperature)
-    variable = torch.tensor(logits, requires_grad=True)
-    got, entropy = token_logprobs(variable, torch.tensor(targets), torch.tensor(temperature))
-    np.testing.assert_allclose(got.detach().numpy(), logs[np.arange(6), targets], rtol=1e-6)
-    np.testing.assert_allclose(entropy.numpy(), -(np.exp(logs) * logs).sum(axis=1), rtol=1e-6)
-    got.sum().backward()
-    closed = (np.eye(9)[targets] - np.exp(logs)) / temperature[:, None]
-    np.testing.assert_allclose(variable.grad.numpy(), closed, rtol=1e-6, atol=1e-12)
-
-
-def test_the_entropy_has_a_gradient_only_when_asked() -> None:
-    logits = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logits.requires_grad_()
-    targets, temperature = torch.tensor([0, 3, 6, 2]), torch.tensor([1.0, 0.5, 2.0, 1.0]).double()
-    assert not token_logprobs(logits, targets, temperature)[1].requires_grad
-    assert torch.autograd.gradcheck(
-        lambda values: token_logprobs(values, targets, temperature, entropy_gradient=True), (logits,)
-    )
-    with torch.no_grad():
-        assert not token_logprobs(logits, targets, temperature, entropy_gradient=True)[1].requires_grad
 
 
 def squared(tokens: Tokens, anchor: torch.Tensor, config: ObjectiveConfig) -> Surrogate:

@@ -1,97 +1,90 @@
-"""Two data-parallel ranks over gloo train what one process trains: denominators, statistics, figures."""
+"""What rank 0 announces, the other ranks do, in order."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
+import torch.distributed as dist
 
-from learner.config import KlConfig, ModelConfig, ObjectiveConfig
-from learner.step import Trainer
-from tests.unit.learner.test_step import QUICK, batch_of
-
-SPLIT = 4
-"""Groups of rank 0 in a batch of 6: unequal shares, so that a local mean would show."""
-
-RANK = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-from pathlib import Path
-from learner.model.build import build_model
 from learner.model.world import join_world
-from tests.unit.learner.test_ranks import SPLIT, batch, configs, train
-rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-join_world(dist.FileStore(store, 2), rank, 2)
-share = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
-print(json.dumps([train(folder, config, share) for config in configs()]))
-dist.destroy_process_group()
-"""
+from learner.ranks import (
+    End,
+    Export,
+    Follower,
+    Generate,
+    GoBack,
+    Keep,
+    Load,
+    Order,
+    Ranks,
+    Score,
+    Supervise,
+    Train,
+)
 
 
-def configs() -> list[ObjectiveConfig]:
-    return [
-        ObjectiveConfig(advantage="reinforce_pp", kl=KlConfig(coefficient=0.1)),
-        ObjectiveConfig(aggregation="sequence_mean", mini_batches=2, correction="vtrace"),
+def followed(orders: list[Order], load: Any) -> dist.Store:
+    """The store after a follower heard these and an `End`."""
+    store = dist.HashStore()
+    leader = Ranks(0, 2, store)
+    for order in [*orders, End()]:
+        leader.say(order)
+    Follower(Ranks(1, 2, store), Mock(), load).follow()
+    leader.dismiss()  # at once: it was heard
+    return store
+
+
+def test_every_order_is_a_call_of_the_trainer() -> None:
+    join_world()
+    trainer, load = Mock(), Mock()
+    load.return_value = trainer
+    trainer.snapshot.side_effect = ["first", "second"]
+    samples = [([1, 2], [3]), ([4], [5])]
+    followed(
+        [
+            Load("folder"),
+            Keep(),
+            Supervise(samples, 0.5),
+            Keep(),
+            GoBack(),
+            Train(0),
+            Export(),
+            Score([[1, 2]], 0.7),
+            Generate([[1]], 4, 0, 1.0, 9),
+            Load("other"),
+        ],
+        load,
+    )
+    assert load.mock_calls[0] == call(Path("folder"))
+    assert load.call_args_list[-1] == call(Path("other"))
+    assert trainer.method_calls == [
+        call.snapshot(),
+        call.sft_step(samples, 0.5),
+        call.snapshot(),
+        call.restore("second"),
+        call.train_step([], 0),
+        call.export(),
+        call.score([[1, 2]], 0.7),
+        call.generate(prompts=[[1]], max_new_tokens=4, eos_id=0, temperature=1.0, seed=9),
     ]
 
 
-def batch(step: int) -> list:
-    """Six groups; rank 1 sees a staleness and a part of the reward that rank 0 does not."""
-    groups = batch_of(step)
-    for sample in groups[5].samples:
-        sample.rewards = {"format": 1.0}
-    groups[5].versions[0] = type(groups[5].versions[0])(0, "00")
-    return groups
+def test_what_was_heard_is_forgotten() -> None:
+    join_world()
+    store = followed([Load("folder"), Export()], Mock())
+    assert not store.check(["order/0"])
+    assert not store.check(["order/1"])
 
 
-def train(folder: Path, config: ObjectiveConfig, share: slice) -> list[dict[str, float | None]]:
-    model = ModelConfig(path=str(folder), micro_batch_tokens=64)
-    trainer = Trainer(folder, model, QUICK, config)
-    found = [trainer.train_step(batch(step)[share], step) for step in range(3)]
-    return [{k: v for k, v in metrics.items() if not k.startswith(("seconds", "micro"))} for metrics in found]
+def test_alone_nothing_is_announced() -> None:
+    ranks = Ranks()
+    ranks.say(Export())
+    ranks.dismiss()
 
 
-@pytest.fixture(scope="module")
-def ranks(make_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    folder, _ = make_checkpoint()
-    store = tmp_path_factory.mktemp("store") / "store"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(store), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[3],
-        )
-        for rank in range(2)
-    ]
-    try:
-        answers = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], answers
-    return folder, [json.loads(out.splitlines()[-1]) for out, _ in answers]
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["reinforce_pp-kl", "sequence_mean-vtrace"])
-def test_two_ranks_report_what_one_process_does(ranks: tuple[Path, list], number: int) -> None:
-    folder, found = ranks
-    whole = train(folder, configs()[number], slice(None))
-    assert found[0][number] == found[1][number]
-    for step, expected in enumerate(whole):
-        got = found[0][number][step]
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            assert got[name] == (None if value is None else pytest.approx(value, rel=2e-3, abs=2e-5)), (
-                step,
-                name,
-            )
-    assert whole[1]["reward/format"] == 1.0
+def test_without_variables_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (Ranks.meet().rank, Ranks.meet().size) == (0, 1)

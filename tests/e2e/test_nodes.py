@@ -1,0 +1,114 @@
+"""`launch learner --nodes 2`: two processes that train as one, on what a scripted actor answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from buffer.local_server import LocalServer
+from tests.e2e.commands import finish, launch, metrics_of, output
+from tests.faults.actor import ActorSettings
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+SETTINGS = [
+    "model.path=model",
+    "data.path=data/train.jsonl",
+    f"stream.max_steps={STEPS}",
+    "stream.max_staleness=0",
+    "stream.groups_per_step=6",
+    "stream.group_size=4",
+    "weightsync.timeout_s=1",
+    "objective.mini_batches=2",
+    "sft.max_steps=2",
+    "sft.batch=8",
+    "sft.measure_every=1",
+    "sft.measure_prompts=8",
+    "optimizer.warmup_steps=0",
+    "optimizer.eps=1e-5",  # else an element whose gradient is rounding alone moves by the learning rate
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, questions, and a Redis beside it."""
+    folder = tmp_path_factory.mktemp("nodes")
+    output(folder, "model", "--out", "model")
+    output(folder, "data", "--out", "data")
+    return folder
+
+
+@contextmanager
+def scripted_actor(folder: Path, url: str, run: str) -> Iterator[None]:
+    """An actor that answers the same to the same version number."""
+    settings = ActorSettings(
+        url=url, run=run, name="actor-0", log=str(folder / f"{run}-actor.log"),
+        group_size=4, lease_s=5, concurrency=8, group_s=0, vocabulary=12, by_number=True,
+    )  # fmt: skip
+    argv = [sys.executable, "-m", "tests.faults.actor", msgspec.json.encode(settings).decode()]
+    process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def train(folder: Path, url: str, run: str, *options: str) -> dict[str, np.ndarray]:
+    """The weights that a learner ends with."""
+    with scripted_actor(folder, url, run):
+        done = finish(folder, "learner", "--redis", url, f"name={run}", *options, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "runs" / run / "export/model.safetensors")
+
+
+def rank_pid(folder: Path, rank: int) -> int:
+    """The pid of a learner's rank that works in `folder`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = (process / "cwd").resolve() == folder and b"learner.worker" in (
+                process / "cmdline"
+            ).read_bytes()
+            if mine and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                return int(process.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def test_two_nodes_train_what_one_does(folder: Path) -> None:
+    with LocalServer.start(folder / "redis") as server:
+        one = train(folder, server.url, "one")
+        two = train(folder, server.url, "two", "--nodes", "2")
+    start = load_file(folder / "model/model.safetensors")
+    assert max(np.abs(one[name] - start[name]).max() for name in one) > 1e-3
+    assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1e-5
+    alone, together = (metrics_of(folder / "runs" / run) for run in ("one", "two"))
+    assert len(alone) == len(together) == STEPS
+    for name in ("tokens", "loss", "grad_norm", "reward_mean", "entropy", "mismatch_k3"):
+        np.testing.assert_allclose(
+            [step[name] for step in alone], [step[name] for step in together], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_rank_that_dies_ends_the_learner_by_name(folder: Path) -> None:
+    with LocalServer.start(folder / "redis") as server, scripted_actor(folder, server.url, "dies"):
+        options = ["--redis", server.url, "name=dies", "stream.max_steps=100000", "--nodes", "2"]
+        process = launch(folder, "learner", *options, *SETTINGS)
+        metrics = folder / "runs/dies/metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size, 60, "training")
+        pid = rank_pid(folder, 1)
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 2
+        assert "learner-1: it was killed" in (folder / "learner.err").read_text()
