@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from buffer.ledger import Snapshot
+from buffer.schema import Group
 from buffer.session import Session
-from learner.batch import Batch, PayloadGone, next_batch
+from learner.batch import Batch, PayloadGone
 from learner.checkpoint.restore import Restore
 from learner.checkpoint.schedule import Checkpoints
 from learner.feed import Feeder
+from learner.prefetch import Prefetch
 from learner.record import RunRecord
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
@@ -62,25 +64,28 @@ class Loop:
         """All steps; the last version's manifest."""
         manifest = self._publish()
         self._training_since = time.time()
+        with Prefetch(self._session, partial(self._trainer.fetch, self._session)) as batches:
+            manifest = self._steps(batches, manifest)
+        if self._checkpoints is not None:
+            self._checkpoints.last(self._trainer, manifest.digest)
+        return manifest
+
+    def _steps(self, batches: Prefetch, manifest: Manifest) -> Manifest:
+        """Steps until the last or the run's end; `manifest` is that of the version now."""
         while self._trainer.version < self._max_steps:
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
+            batch = batches.next(self._trainer.version, partial(self._on_wait, manifest))
+            if batch is None:
+                break
             try:
-                batch = next_batch(
-                    self._session,
-                    self._trainer.version,
-                    self._trainer.read,
-                    partial(self._on_wait, manifest),
-                )
+                groups = self._trainer.read(self._session, batch)
             except PayloadGone as gone:
                 self._restore.fork(self._trainer.version, str(gone))
                 manifest = self._publish()
                 continue
-            if batch is None:
-                break
-            manifest = self._step(batch)
-        if self._checkpoints is not None:
-            self._checkpoints.last(self._trainer, manifest.digest)
+            batches.ahead(batch.step + 1)
+            manifest = self._step(batch, groups)
         return manifest
 
     def _publish(self) -> Manifest:
@@ -106,15 +111,15 @@ class Loop:
             self._checkpoints.after_step(self._trainer, manifest.digest)
         return manifest
 
-    def _step(self, batch: Batch) -> Manifest:
+    def _step(self, batch: Batch, groups: list[Group]) -> Manifest:
         """Trains one batch, commits the version it makes, records what happened."""
         record, began = self._record, time.time()
-        metrics = self._trainer.train_step(batch.groups, batch.step)
+        metrics = self._trainer.train_step(groups, batch.step)
         trained = time.time()
         manifest = self._publish()
         ended = time.time()
         record.trained(batch.step, began, trained)
-        record.generated(batch.groups)
+        record.generated(groups)
         self._trained_tokens += metrics["tokens"]
         record.step(
             {
@@ -127,7 +132,7 @@ class Loop:
                 "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints is not None else 0.0,
                 "seconds_push": self._offers.push_seconds(),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
-                "time_batch": began - batch.fetched_s - batch.waited_s,
+                "time_batch": began - batch.waited_s,
                 "time": ended,
             }
         )

@@ -32,7 +32,7 @@ class Saver:
     """Writes the checkpoints of one rank, one at a time.
 
     with Saver(folder, rank=0, ranks=1) as saver:
-        saver.begin(state, parts)     # copies; the folder gets its name later
+        saver.begin(state.name, parts, state)     # copies; the folder gets its name later
         saver.finished()              # None, until it is a `Written`: complete, or why not
     """
 
@@ -40,8 +40,7 @@ class Saver:
         self, folder: Path, *, rank: int = 0, ranks: int = 1, module: str = "learner.checkpoint.writer"
     ) -> None:
         """`folder` is one all ranks see; `module` is what the process runs."""
-        self.folder = folder
-        self._rank, self._ranks, self._module = rank, ranks, module
+        self._folder, self._rank, self._ranks, self._module = folder, rank, ranks, module
         self._snapshot = Snapshot()
         self._process: subprocess.Popen[bytes] | None = None
         self._job: Job | None = None
@@ -51,13 +50,13 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._job is not None
 
-    def begin(self, state: State, parts: Sequence[Part]) -> None:
-        """Starts to save these parts as they are now. Every rank does so, for the same state."""
+    def begin(self, name: str, parts: Sequence[Part], state: State | None = None) -> None:
+        """Starts to save these parts as they are now. Every rank does so; rank 0 gives the state."""
         if self.busy:
-            raise CheckpointError(f"checkpoint {state.name}: another is being written; wait for it")
+            raise CheckpointError(f"checkpoint {name}: another is being written; wait for it")
         slots = self._snapshot.take(parts)
         random = torch.get_rng_state().numpy().tobytes()
-        job = Job(str(self.folder), state, self._rank, self._ranks, slots, random)
+        job = Job(str(self._folder), name, state, self._rank, self._ranks, slots, random)
         process, self._job = self._started(), job
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has died just now, which `finished` finds out
@@ -71,11 +70,10 @@ class Saver:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], 0)[0]:
             return None
-        line, job = self._process.stdout.readline(), self._job
-        self._job = None
+        line, self._job = self._process.stdout.readline(), None
         if line:
             return msgspec.json.decode(line, type=Written)
-        return Written(job.state, f"the process that writes it ended with {self._end()}", 0.0)
+        return Written(f"the process that writes it ended with {self._end()}", 0.0)
 
     def wait(self) -> Written | None:
         """As `finished`, once there is nothing to wait for any more."""
@@ -106,6 +104,9 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Ends the process; a checkpoint that is not complete is given up."""
         if self._process is not None:
             self._end()

@@ -11,7 +11,6 @@ import msgspec
 
 from launch.config import RunConfig
 from launch.tiny_model import make_tiny_qwen3
-from tests.faults.real_learner import RealSettings
 from tests.faults.server import Server
 from tests.faults.spawner import Spawner
 from tests.faults.trial import Process, Trial
@@ -28,6 +27,17 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return model, data
+
+
+class RealSettings(msgspec.Struct, kw_only=True):
+    """What the test tells a real learner."""
+
+    url: str
+    log: str
+    folder: str
+    """The run's folder, with its `config.json`."""
+    full_after: int = 0
+    """Checkpoints after which the disk is full; 0: never."""
 
 
 class RealTrial(Trial):
