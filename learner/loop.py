@@ -19,6 +19,7 @@ from learner.batch import Batch, PayloadGone
 from learner.checkpoint.restore import Restore
 from learner.checkpoint.schedule import Checkpoints
 from learner.feed import Feeder
+from learner.gate import check
 from learner.prefetch import Prefetch
 from learner.record import RunRecord
 from weightsync.manifest import Manifest
@@ -36,7 +37,7 @@ _PATIENCE_S = 10.0
 class Loop:
     """Trains from the version that the trainer is at.
 
-    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, stop=print)
+    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, ...)
     loop.run()          # the manifest of the last version
     """
 
@@ -51,13 +52,14 @@ class Loop:
         restore: Restore,
         *,
         max_steps: int,
+        mismatch: float,
         stop: Callable[[], None],
     ) -> None:
-        """`checkpoints`: absent, payloads are deleted as soon as they are trained. `stop` is called often;
-        it hands on a stop that a signal asked for."""
+        """`checkpoints`: absent, payloads are deleted as soon as they are trained. `mismatch`: see
+        `objective.abort`. `stop` is called often; it hands on a stop that a signal asked for."""
         self._trainer, self._session, self._offers, self._record = trainer, session, offers, record
         self._feeder, self._checkpoints, self._restore = feeder, checkpoints, restore
-        self._max_steps, self._pass_on_stop = max_steps, stop
+        self._max_steps, self._mismatch, self._pass_on_stop = max_steps, mismatch, stop
         self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
 
     def run(self) -> Manifest:
@@ -85,6 +87,8 @@ class Loop:
                 manifest = self._publish()
                 continue
             batches.ahead(batch.step + 1)
+            if batch.step == 0:
+                check(groups, 0, self._trainer.score, self._mismatch)
             manifest = self._step(batch, groups)
         return manifest
 
@@ -129,7 +133,8 @@ class Loop:
                 "seconds_wait": batch.waited_s,
                 "seconds_fetch": batch.fetched_s,
                 "seconds_publish": ended - trained,
-                "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints is not None else 0.0,
+                "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints else 0.0,
+                "seconds_saving": self._checkpoints.saving_s if self._checkpoints else 0.0,
                 "seconds_push": self._offers.push_seconds(),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
                 "time_batch": began - batch.waited_s,

@@ -280,6 +280,7 @@ class Leader(Trainer):
         """Has every rank begin to save its pieces, rank 0 by `saver`."""
         self._ranks.say(Save(str(folder), state.name))
         saver.begin(state.name, self.parts(), state)
+        self.before_update = saver.copied
 
     def load_checkpoint(self, folder: Path) -> None:
         """As `Trainer.load_checkpoint`."""
@@ -348,6 +349,7 @@ class Follower:
             self._saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
         self._saver.wait()  # rank 0's is complete, so this is soon
         self._saver.begin(name, trainer.parts())
+        trainer.before_update = self._saver.copied
 
 
 def _share(samples: Sequence[tuple[list[int], list[int]]]) -> Sequence[tuple[list[int], list[int]]]:

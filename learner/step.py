@@ -93,6 +93,8 @@ class Trainer:
         loss_named(objective.loss)
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights and moments change: somebody may still copy them."""
         self._folder = folder
         self._chunk = model.logits_chunk
         self._schedule = optimizer
@@ -304,6 +306,7 @@ class Trainer:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
         self._accumulate([partial(self._loss, part, mini.totals, tally) for part in mini.packed], watch)
+        self.before_update()
         with watch("update"):
             norm = self._update(lr)
         if not math.isfinite(norm):

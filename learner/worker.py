@@ -122,6 +122,7 @@ class Learner:
                     stack.enter_context(checkpoints) if checkpoints is not None else None,
                     restore,
                     max_steps=settings.stream.max_steps,
+                    mismatch=settings.objective.abort.mismatch,
                     stop=self._pass_on_stop,
                 )
                 manifest = loop.run()

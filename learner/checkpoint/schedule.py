@@ -50,8 +50,11 @@ class Checkpoints:
         self._due, self._failed = False, -_AGAIN_S
         self._saved = self._stands = saved
         """The newest version that was begun, and the newest that is complete."""
+        self._waited = 0.0
         self.stalled_s = 0.0
-        """How long the last step waited for a checkpoint to be begun or committed."""
+        """How long the last step waited for a checkpoint: to be begun, copied, or committed."""
+        self.saving_s = 0.0
+        """How long the newest complete one took to be written."""
 
     def after_step(self, trainer: Leader, digest: str) -> None:
         """Called with every committed version."""
@@ -60,7 +63,9 @@ class Checkpoints:
         self._due |= trainer.version % self._config.every == 0
         if self._due and trainer.version > self._saved and not self._saver.busy:
             self._begin(trainer, digest)
-        self.stalled_s = time.monotonic() - began
+        waited = self._saver.stalled_s
+        self.stalled_s = time.monotonic() - began + waited - self._waited
+        self._waited = waited
 
     def needed(self, trainer: Leader, digest: str) -> None:
         """Called while the learner waits for one, again and again."""
@@ -111,7 +116,7 @@ class Checkpoints:
             )
             return
         oldest = oldest_kept(self._folder, self._config, state.version)
-        self._stands = state.version
+        self._stands, self.saving_s = state.version, written.seconds
         self._session.checkpoint(state.version, state.digest, oldest)
         prune(self._folder, self._config, oldest)
         log.info("checkpoint of version %d, %.1f s", state.version, written.seconds)

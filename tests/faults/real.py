@@ -47,7 +47,8 @@ class RealTrial(Trial):
         self, files: tuple[Path, Path], server: Server, spawner: Spawner, folder: Path, **settings: Any
     ) -> None:
         """`checkpoint`, `objective`: overrides of those sections."""
-        sections = {name: settings.pop(name, {}) for name in ("checkpoint", "objective")}
+        made_up = {"abort": {"mismatch": 0}}  # what scripted actors say of their tokens
+        objective, checkpoint = settings.pop("objective", made_up), settings.pop("checkpoint", {})
         super().__init__(server, spawner, folder, **settings)
         self.files = folder / "run"
         """The run's folder."""
@@ -59,8 +60,8 @@ class RealTrial(Trial):
             "model": {"path": str(model)},
             "data": {"path": str(data)},
             "optimizer": {"lr": 3e-3, "warmup_steps": 0},
-            "checkpoint": {"every": 2, **sections["checkpoint"]},
-            "objective": sections["objective"],
+            "checkpoint": {"every": 2, **checkpoint},
+            "objective": objective,
             "weightsync": {"timeout_s": 1.0},
             "stream": msgspec.to_builtins(self.config),
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.faults.points import FENCED
+from tests.faults.points import FAILED, FENCED
 from tests.faults.real import RealTrial
 from tests.faults.synchronous import synchronous
 from tests.faults.trial import until
@@ -160,3 +160,14 @@ def test_payloads_that_are_gone_are_undone_by_a_fork(real_trial: Callable[..., R
         "undoing 2 steps: step 5 cannot be trained again (lost)"
         in (run.folder / "logs/learner-1.text").read_text()
     )
+
+
+def test_the_batch_zero_gate_ends_a_run_before_it_trains(real_trial: Callable[..., RealTrial]) -> None:
+    """Scripted actors make their log-probabilities up, which the learner finds out at once."""
+    run = real_trial(objective={})
+    learner = run.learner()
+    run.actor()
+    learner.wait(FAILED)
+    assert "disagree about version 0 before step 0" in learner.events("stopped")[0]["reason"]
+    assert learner.events("trained") == []
+    run.end()

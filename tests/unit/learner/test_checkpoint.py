@@ -134,6 +134,7 @@ def test_the_copy_is_of_the_moment_it_was_begun(make_checkpoint: Callable, tmp_p
     then, random = digest(trainer), torch.get_rng_state()
     with Saver(tmp_path) as saver:
         saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
+        trainer.before_update = saver.copied
         trainer.train_step(batch_of(1), 1)
         torch.rand(3)
         with pytest.raises(CheckpointError, match="another is being written"):
