@@ -26,13 +26,11 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
-from learner.checkpoint.folder import State
-from learner.checkpoint.saver import Saver
 from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
-from learner.errors import BatchError, ConfigError
+from learner.errors import BatchError, CheckpointError, ConfigError
 from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
@@ -41,7 +39,14 @@ from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
-from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
+from learner.model.world import (
+    count_ranks,
+    max_over_ranks,
+    merge_over_ranks,
+    rank,
+    sum_over_ranks,
+    union_over_ranks,
+)
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, Row, pack, row_of_tokens
@@ -88,6 +93,8 @@ class Trainer:
         loss_named(objective.loss)
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights and moments change: somebody may still copy them."""
         self._folder = folder
         self._chunk = model.logits_chunk
         self._schedule = optimizer
@@ -197,19 +204,21 @@ class Trainer:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
         return optimizer_steps(self._optimizer)
 
-    def save_checkpoint(self, saver: Saver, state: State) -> None:
-        """Begins to save what the trainer is now; the saver knows when it is complete."""
-        saver.begin(state, self.parts())
-
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
 
         The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
-        `CheckpointError`.
+        `CheckpointError`, on every rank if on any.
         """
         if self._objective.kl.coefficient:
             self._reference_at(0)
-        self.version = load(self._model, self._optimizer, folder)
+        error = None
+        try:
+            self.version = load(self._model, self._optimizer, folder, rank())
+        except CheckpointError as found:
+            error = found
+        if failed := count_ranks(error is not None):
+            raise error or CheckpointError(f"{folder} cannot be read by {failed} other ranks")
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
@@ -297,6 +306,7 @@ class Trainer:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
         self._accumulate([partial(self._loss, part, mini.totals, tally) for part in mini.packed], watch)
+        self.before_update()
         with watch("update"):
             norm = self._update(lr)
         if not math.isfinite(norm):
