@@ -13,7 +13,7 @@ version goes by names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ def watch(
     plan = Plan(layout, _addresses(model))
     watcher = _Watcher(image, live)
     with torch.no_grad(), watcher:
-        load(iter(tensors.items()))
+        load(watcher.fed(tensors))
     plan.copies, plan.reason = watcher.copies, watcher.reason
     if plan.addresses != _addresses(model):
         plan.reason = "loading moves the engine's tensors"
@@ -131,7 +131,13 @@ class _Watcher(TorchDispatchMode):
         self._first, self._end = image.data_ptr(), image.data_ptr() + image.numel()
         self._live = {tensor.untyped_storage().data_ptr() for tensor in live.values()}
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Copies of sources on other devices or of other types: their storage -> (it, the source)."""
+        """Copies of the present tensor on other devices or of other types: storage -> (it, the tensor)."""
+
+    def fed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors one after another; copies made of one on the way are forgotten with it."""
+        for item in tensors.items():
+            self._moved.clear()
+            yield item
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -142,7 +148,7 @@ class _Watcher(TorchDispatchMode):
             return result
         if function is _COPY:
             self._note(args[0], args[1])
-        elif function in _SAME and self._in_image(args[0]):
+        elif function in _SAME and self._whole(args[0], result):
             self._moved[result.untyped_storage().data_ptr()] = (result, args[0])
         elif isinstance(result, torch.Tensor) and not any(_shares(result, value) for value in ours):
             self.reason = self.reason or f"loading computes {function}"
@@ -151,20 +157,25 @@ class _Watcher(TorchDispatchMode):
         return result
 
     def _note(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        moved = self._moved.get(source.untyped_storage().data_ptr())
-        if moved is not None and moved[0].shape == source.shape and moved[0].stride() == source.stride():
-            source = moved[1]
-        if self._is_live(target) and self._in_image(source):
-            offset = source.data_ptr() - self._first
-            expanded = source.expand(target.shape)
-            self.copies.append(
-                Copy(target.detach(), offset, tuple(expanded.shape), expanded.stride(), source.dtype)
-            )
-        else:
-            self.reason = self.reason or "loading copies weights on the way, or to other places"
+        view, dtype, offset = source.expand(target.shape), source.dtype, source.data_ptr() - self._first
+        if moved := self._moved.get(source.untyped_storage().data_ptr()):
+            copied, original = moved
+            # Both are contiguous: an element of the copy is where it is in the original.
+            place = (source.data_ptr() - copied.data_ptr()) // copied.element_size()
+            dtype = original.dtype
+            offset = original.data_ptr() - self._first + place * original.element_size()
+        elif not self._in_image(source):
+            self.reason = self.reason or "loading copies weights from somewhere else"
+        if not self._is_live(target):
+            self.reason = self.reason or "loading copies weights to somewhere else"
+        self.copies.append(Copy(target.detach(), offset, tuple(view.shape), view.stride(), dtype))
 
     def _is_ours(self, value: torch.Tensor) -> bool:
         return self._in_image(value) or self._is_live(value)
+
+    def _whole(self, value: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether `result` is `value`, which is of the image, element by element in the same order."""
+        return self._in_image(value) and value.is_contiguous() and result.is_contiguous()
 
     def _is_live(self, value: torch.Tensor) -> bool:
         return value.untyped_storage().data_ptr() in self._live

@@ -39,6 +39,27 @@ class Fused(torch.nn.Module):
                 self.w13.data[int(name[1])].narrow(0, 4 * name.endswith("up"), 4).copy_(tensor.t())
 
 
+class Moving(Fused):
+    """Brings each tensor to its own type first, as others bring it to their device, and takes a part of that."""
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, tensor in weights:
+            if name in "qkv":
+                row, own = 4 * "qkv".index(name), tensor.to(torch.bfloat16)
+                self.qkv.data[row : row + 2].copy_(own[:2])
+                self.qkv.data[row + 2 : row + 4].copy_(own.narrow(0, 2, 2))
+            else:
+                super().load_weights([(name, tensor.clone())])
+
+
+class Foreign(Fused):
+    """Fills a part from a table of its own."""
+
+    def load_weights(self, weights: Weights) -> None:
+        super().load_weights(weights)
+        self.embed_tokens.data[:10].copy_(torch.ones(10, 4))
+
+
 class Scaling(Fused):
     """Computes on the way: its loading cannot be repeated by copies."""
 
@@ -122,6 +143,14 @@ def test_names_once_and_the_plan_from_then_on(obey: Obey, rank: int) -> None:
     assert ways == ["names", "plan", "plan"]
 
 
+def test_a_tensor_that_goes_elsewhere_first_is_followed(obey: Obey) -> None:
+    model = Moving()
+    for seed, way in ((0, "names"), (1, "plan"), (2, "plan")):
+        report = obey(model, exported(seed))
+        assert (report.problem, report.reason, report.way) == ("", "", way)
+        assert is_loaded(model, exported(seed))
+
+
 def test_another_layout_makes_another_plan(obey: Obey) -> None:
     model = Fused()
     obey(model, exported(0))
@@ -147,7 +176,7 @@ class Clearing(Fused):
         self.qkv.data[:4].fill_(1)
 
 
-@pytest.mark.parametrize("kind", [Scaling, Deriving, Hooked, Clearing])
+@pytest.mark.parametrize("kind", [Scaling, Deriving, Hooked, Clearing, Foreign])
 def test_loading_that_does_more_than_copy_is_never_planned(obey: Obey, kind: type[Fused]) -> None:
     model = kind()
     for seed in range(2):
