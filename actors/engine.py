@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from actors.answers import Answer, Loads, end_tokens
 from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
 from actors.continuation import Ask, Completion, Part, complete
@@ -45,9 +46,6 @@ KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
 server is closing and fail."""
 
-Entry = tuple[float | None, int, str | None]
-"""SGLang's log-probability of one token: value, token id, text (always absent here)."""
-
 
 class Loaded(msgspec.Struct, frozen=True):
     """How a version was loaded."""
@@ -56,42 +54,6 @@ class Loaded(msgspec.Struct, frozen=True):
     """Seconds in which no request could begin."""
     way: str
     """As in `weightsync.ticket.Report`, with the reason if there is one."""
-
-
-class Finish(msgspec.Struct):
-    """Why SGLang ended an answer."""
-
-    type: Literal["stop", "length", "abort"]
-
-
-class Meta(msgspec.Struct):
-    """The parts of SGLang's `meta_info` that are read."""
-
-    finish_reason: Finish
-    weight_version: str
-    input_token_logprobs: list[Entry] = []
-    output_token_logprobs: list[Entry] = []
-
-
-class Answer(msgspec.Struct):
-    """One item of SGLang's answer to ``/generate``."""
-
-    output_ids: list[int]
-    meta_info: Meta
-
-
-class _Rank(msgspec.Struct):
-    """The parts of one rank's load that are read."""
-
-    num_running_reqs: int
-    num_waiting_reqs: int
-    token_usage: float
-
-
-class _Loads(msgspec.Struct):
-    """SGLang's answer to ``/v1/loads``."""
-
-    loads: list[_Rank]
 
 
 class Engine:
@@ -198,7 +160,7 @@ class Engine:
         """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
         content = await self._request("GET", LOADS, None, PROBE_S)
         try:
-            ranks = msgspec.json.decode(content, type=_Loads).loads
+            ranks = msgspec.json.decode(content, type=Loads).loads
         except msgspec.DecodeError as error:
             raise EngineError(
                 f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
@@ -386,21 +348,3 @@ class Engine:
             text = content[:300].decode(errors="replace")
             raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
         return content
-
-
-def end_tokens(model: Path) -> frozenset[int]:
-    """The end-of-sequence tokens of a Hugging Face folder, as SGLang finds them: those of config.json and of
-    generation_config.json."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            named = msgspec.json.decode((model / name).read_bytes(), type=_Ends).eos_token_id
-            if named is not None:
-                found.update(named if isinstance(named, list) else [named])
-    return frozenset(found)
-
-
-class _Ends(msgspec.Struct):
-    """The field of either file that is read."""
-
-    eos_token_id: int | list[int] | None = None

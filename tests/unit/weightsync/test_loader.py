@@ -40,7 +40,7 @@ class Fused(torch.nn.Module):
 
 
 class Moving(Fused):
-    """Brings each tensor to its own type first, as others bring it to their device, and takes a part of that."""
+    """Brings each tensor to its own type first, as others do to their device, and takes a part of it."""
 
     def load_weights(self, weights: Weights) -> None:
         for name, tensor in weights:
