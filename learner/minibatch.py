@@ -17,7 +17,7 @@ from buffer.schema import Group
 from learner.config import ObjectiveConfig
 from learner.objective import Totals
 from learner.objective.divergence import k1
-from learner.packing import MicroBatch, pack, rows_of_groups
+from learner.packing import MicroBatch, idle, pack, rows_of_groups
 from learner.samples import with_rewards
 
 
@@ -43,8 +43,8 @@ class MiniBatch:
     """Over all data-parallel ranks."""
 
 
-Score = Callable[[MicroBatch], torch.Tensor]
-"""Log-probabilities [N] of a micro-batch's targets, without gradient."""
+Score = Callable[[Sequence[MicroBatch]], list[torch.Tensor]]
+"""Log-probabilities [N] of each micro-batch's targets, without gradient."""
 
 
 def split(
@@ -77,8 +77,26 @@ def scored(minis: Sequence[MiniBatch], score: Score, field: str) -> list[MiniBat
 
     The same micro-batches are scored that are trained, so that equal weights give equal bits.
     """
+    found = []
+    for mini in minis:
+        scores = score([part.batch for part in mini.packed])
+        packed = [replace(p, **{field: values}) for p, values in zip(mini.packed, scores, strict=True)]
+        found.append(replace(mini, packed=packed))
+    return found
+
+
+def levelled(
+    minis: Sequence[MiniBatch], most_of_ranks: Callable[[list[float]], list[float]]
+) -> list[MiniBatch]:
+    """The mini-batches with idle micro-batches up to the number of the rank that has most.
+
+    Ranks that share experts meet in every forward pass. `most_of_ranks` takes maxima over the data-parallel
+    ranks.
+    """
+    most = most_of_ranks([float(len(mini.packed)) for mini in minis])
     return [
-        replace(mini, packed=[replace(p, **{field: score(p.batch)}) for p in mini.packed]) for mini in minis
+        replace(mini, packed=mini.packed + [Packed(idle())] * (int(count) - len(mini.packed)))
+        for mini, count in zip(minis, most, strict=True)
     ]
 
 
@@ -94,7 +112,7 @@ def less_divergence(minis: Sequence[MiniBatch], config: ObjectiveConfig) -> list
             assert packed.proximal is not None
             assert packed.reference is not None
             values = k1(packed.proximal.double() - packed.reference.double())
-            rows = np.asarray(packed.batch.rows)[packed.batch.sample.numpy()]
+            rows = np.asarray(packed.batch.rows, np.int64)[packed.batch.sample.numpy()]
             np.add.at(spent, rows, values.numpy())
         costs = iter(config.kl.coefficient * spent)
         groups = [

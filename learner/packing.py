@@ -16,7 +16,7 @@ in one micro-batch::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -98,6 +98,12 @@ def pack(rows: Sequence[Row], budget: int) -> list[MicroBatch]:
     lengths = np.array([len(row.tokens) - 1 for row in rows], np.int64)
     used = [index for index in np.argsort(-lengths, kind="stable") if len(rows[index].targets)]
     return [_micro_batch(rows, sorted(members)) for members in _first_fit(used, lengths, budget)]
+
+
+def idle() -> MicroBatch:
+    """A micro-batch without targets: one token that is fed and predicts nothing."""
+    row = Row(np.zeros(2, np.int64), *[np.zeros(0, kind) for kind in (np.int64, np.float32, np.int64)])
+    return replace(_micro_batch([row], [0]), rows=())
 
 
 def _first_fit(order: list[int], lengths: np.ndarray, budget: int) -> list[list[int]]:

@@ -17,11 +17,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from buffer.schema import Group
 from learner.advantage import advantages
@@ -31,12 +33,26 @@ from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, su
 from learner.errors import BatchError, ConfigError
 from learner.legal import idle_settings
 from learner.metrics import Metrics
-from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
+from learner.minibatch import MiniBatch, Packed, less_divergence, levelled, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
-from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
+from learner.model.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    torch_optimizers,
+    update,
+)
+from learner.model.schedule import forward_backward, forward_only
+from learner.model.world import (
+    from_last_stage,
+    max_over_ranks,
+    merge_over_ranks,
+    sizes,
+    sum_over_ranks,
+    union_over_ranks,
+)
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, pack, row_of_tokens
@@ -53,8 +69,8 @@ class Snapshot:
 
     weights: list[torch.Tensor]
     """Copies of the parameters, in the model's order."""
-    optimizer: dict[str, Any]
-    """A copy of the optimizer's moments and counters, by parameter number."""
+    optimizer: list[dict[str, Any]]
+    """A copy of each optimizer's moments and counters, by parameter number."""
     version: int
     """The version that was current."""
 
@@ -89,6 +105,11 @@ class Trainer:
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape)
+        if model.parallel != sizes():
+            raise ConfigError(
+                f"model.parallel: got {model.parallel}, but the world was joined with {sizes()}; give "
+                "`join_world` the same"
+            )
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -102,8 +123,10 @@ class Trainer:
 
         Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
         valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
-        is reported as `skipped`, as is a batch without a trained token. Raises `BatchError` for a step
-        other than the current version or no groups on any rank, `Aborted` when a threshold ended the run.
+        is reported as `skipped`, as is a batch without a trained token. The ranks that share one copy of the
+        model are given the same groups; all ranks return the same figures, but for seconds and micro-batches.
+        Raises `BatchError` for a step other than the current version or no groups on any rank, `Aborted`
+        when a threshold ended the run.
         """
         if step != self.version:
             raise BatchError(f"step {step}: the weights are version {self.version}; train that step first")
@@ -117,6 +140,7 @@ class Trainer:
         self.version += 1
         done = [norm for norm in norms if norm is not None]
         total = tally.merged(merge_over_ranks, max_over_ranks)
+        total.sums, total.maxima = from_last_stage([total.sums, total.maxima], list[dict[str, float]])
         metrics = {
             **summary(total, self._objective.correction == "vtrace"),
             "loss": total["loss"] / max(1, len(done)),
@@ -135,30 +159,39 @@ class Trainer:
         It does not count as a version.
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
-        batches = pack(rows, self._budget)
-        (tokens,) = sum_over_ranks([float(sum(len(batch.targets) for batch in batches))])
+        packed = [Packed(batch) for batch in pack(rows, self._budget)]
+        (tokens,) = sum_over_ranks([float(sum(len(part.batch.targets) for part in packed))])
+        (mini,) = self._levelled([MiniBatch([], packed, Totals(tokens, len(rows)))])
         losses: list[float] = []
 
-        def loss(batch: MicroBatch) -> torch.Tensor:
-            logprobs, _ = target_logprobs(self._parallel, batch, self._chunk)
-            total = -logprobs.sum() / tokens
+        def loss(_: Packed, output: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            total = -output[0].sum() / tokens
             losses.append(total.item())
             return total
 
-        self._accumulate([partial(loss, batch) for batch in batches], Stopwatch())
+        self._accumulate(mini, loss, Stopwatch())
         norm = self._update(lr)
-        return {"loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": tokens}
+        (total,) = from_last_stage(sum_over_ranks([sum(losses)]), list[float])
+        return {"loss": total, "grad_norm": norm, "lr": lr, "tokens": tokens}
 
     def export(self) -> dict[str, torch.Tensor]:
-        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order."""
+        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order.
+
+        A collective: rank 0 gets all of them, the others none.
+        """
         return export_hf(self._model, self._shape)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint folder that transformers loads, with the source's config and tokenizer."""
-        save_hf(self.export(), self._shape, folder, self._folder)
+        """Write a checkpoint folder that transformers loads, with the source's config and tokenizer.
+
+        Rank 0 writes what all ranks `export`.
+        """
+        tensors = self.export()
+        if dist.get_rank() == 0:
+            save_hf(tensors, self._shape, folder, self._folder)
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""
+        """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each; the same on all ranks."""
         return score(self._model, sequences, self._budget, temperature, self._chunk)
 
     def generate(
@@ -174,10 +207,7 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
-        inner = self._optimizer.optimizer.state_dict()["state"]
-        moments = {
-            key: {name: value.clone() for name, value in state.items()} for key, state in inner.items()
-        }
+        moments = [_copy(inner.state_dict()["state"]) for inner in torch_optimizers(self._optimizer)]
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
         return Snapshot(weights, moments, self.version)
 
@@ -186,12 +216,10 @@ class Trainer:
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
-        inner = self._optimizer.optimizer
-        moments = {
-            key: {name: value.clone() for name, value in state.items()}
-            for key, state in snapshot.optimizer.items()
-        }
-        inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
+        for inner, moments in zip(torch_optimizers(self._optimizer), snapshot.optimizer, strict=True):
+            inner.load_state_dict(
+                {"state": _copy(moments), "param_groups": inner.state_dict()["param_groups"]}
+            )
         self.version = snapshot.version
 
     def _mini_batches(
@@ -204,7 +232,9 @@ class Trainer:
             for group, why in chosen.dropped.items():
                 log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
             everywhere = union_over_ranks([group.id for group in chosen.groups])
-            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
+            minis = self._levelled(
+                split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
+            )
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:
@@ -240,16 +270,22 @@ class Trainer:
         shuffled = np.random.default_rng([self._seed, step]).permutation(np.concatenate(values))
         return np.split(shuffled, np.cumsum([len(part) for part in values])[:-1])
 
-    @torch.no_grad()
-    def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return target_logprobs(self._parallel, batch, self._chunk)[0]
+    def _levelled(self, minis: list[MiniBatch]) -> list[MiniBatch]:
+        """As many micro-batches on every rank, where the experts are shared by data-parallel ranks."""
+        parallel = sizes()
+        shared = parallel.expert * parallel.expert_tensor > 1
+        return levelled(minis, max_over_ranks) if shared else minis
+
+    def _score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        forward = partial(target_logprobs, self._parallel, chunk=self._chunk)
+        return forward_only(self._parallel, batches, forward, itemgetter(0))
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
         if not mini.totals.tokens:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
-        self._accumulate([partial(self._loss, part, mini.totals, tally) for part in mini.packed], watch)
+        self._accumulate(mini, partial(self._loss, mini.totals, tally), watch)
         with watch("update"):
             norm = self._update(lr)
         if not math.isfinite(norm):
@@ -257,11 +293,13 @@ class Trainer:
             log.warning("step %d: gradient norm %s; the update is skipped; groups %s", step, norm, names)
         return norm
 
-    def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
-        batch, config = packed.batch, self._objective
-        logprobs, entropy = target_logprobs(
-            self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
-        )
+    def _loss(
+        self, totals: Totals, tally: Tally, packed: Packed, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """A micro-batch's share of the loss, from log-probability and entropy [N] of its targets."""
+        batch, config, (logprobs, entropy) = packed.batch, self._objective, output
+        if not len(batch.targets):
+            return logprobs.sum()  # 0, but backward meets the other ranks
         proximal = (
             logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
         )
@@ -272,19 +310,18 @@ class Trainer:
         count_tokens(tally, tokens, result, entropy, batch.staleness)
         return result.loss
 
-    def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
-        """Sum the gradients of the micro-batches' losses, and then over the ranks."""
+    def _accumulate(self, mini: MiniBatch, loss: Callable[..., torch.Tensor], watch: Stopwatch) -> None:
+        """Sum the gradients of the micro-batches' losses, `loss(packed, output)`, and then over the ranks."""
         # Both: after an update each parameter's grad is its slice of the buffer, and a backward that
         # found it there would count the first micro-batch twice.
         self._optimizer.zero_grad()
         self._parallel.zero_grad_buffer()
-        for loss in losses:
-            with watch("forward"):
-                value = loss()
-            with watch("backward"):
-                value.backward()
-        with watch("backward"):
-            self._parallel.finish_grad_sync()
+
+        def forward(packed: Packed) -> Any:
+            bonus = self._objective.entropy > 0
+            return target_logprobs(self._parallel, packed.batch, self._chunk, entropy_gradient=bonus)
+
+        forward_backward(self._parallel, mini.packed, forward, loss, watch)
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
@@ -292,3 +329,8 @@ class Trainer:
         if math.isfinite(norm):
             update(self._optimizer, lr)
         return norm
+
+
+def _copy(state: dict[Any, dict[str, torch.Tensor]]) -> dict[Any, dict[str, torch.Tensor]]:
+    """An optimizer's moments and counters, copied."""
+    return {key: {name: value.clone() for name, value in part.items()} for key, part in state.items()}

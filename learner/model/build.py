@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from learner.config import ParallelConfig
 from learner.model.cpu import stand_in_for_cuda
+from learner.model.layout import check_shape, stage_layers
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
-from learner.model.world import join_world
+from learner.model.world import join_world, sizes
 
 
-def transformer_config(shape: Shape) -> TransformerConfig:
+def transformer_config(shape: Shape, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron-Core's description of `shape`: fp32, no dropout, no fusion that needs CUDA."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
@@ -46,22 +50,32 @@ def transformer_config(shape: Shape) -> TransformerConfig:
         bias_dropout_fusion=False,
         cuda_graph_modules=[],  # its default warns of being deprecated
         calculate_per_token_loss=True,  # gradients are summed over ranks: denominators are global
+        **_shared(parallel),
         **fields,
     )
 
 
 def build_model(shape: Shape) -> GPTModel:
-    """The model with uninitialised weights, on the CPU, in a world that is joined if it was not."""
+    """This rank's part of the model, with uninitialised weights, on the CPU.
+
+    It joins a world of one if none was joined. Raises `ConfigError` where the world's ranks cannot share a
+    model of this shape.
+    """
     if not torch.cuda.is_available():
         stand_in_for_cuda()
     join_world()
+    parallel = sizes()
+    check_shape(parallel, shape)
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    config = transformer_config(shape)
+    config = transformer_config(shape, parallel)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     latent = isinstance(shape.attention, LatentAttention)
-    return GPTModel(
+    model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(shape, config),
+        transformer_layer_spec=block_spec(shape, config, stage_layers(shape, parallel, stage)),
+        pre_process=stage == 0,
+        post_process=stage == parallel.pipeline - 1,
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_length,
         share_embeddings_and_output_weights=shape.tied,
@@ -70,12 +84,29 @@ def build_model(shape: Shape) -> GPTModel:
         rotary_percent=1.0 if latent else shape.attention.rotary,
         parallel_output=True,  # learner.model.output reads vocabulary-parallel logits
     )
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.frozen_expert_bias = True  # as loaded, whatever the balance
+    return model
 
 
 def data_parallel(model: GPTModel) -> DistributedDataParallel:
     """Megatron-Core's data parallelism around `model`: contiguous gradient buffers, summed over ranks."""
     config = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
     return DistributedDataParallel(model.config, config, model)
+
+
+def _shared(parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "pipeline_dtype": torch.float32,
+        "variable_seq_lengths": parallel.pipeline > 1,  # micro-batches are packed, so lengths differ
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _attention(shape: Shape) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
-from learner.model.attention import PackedSequences
+from learner.model.inputs import Inputs
 from learner.model.output import logits_of, logprobs_of
+from learner.model.schedule import forward_only
 from learner.packing import MicroBatch, Row, pack, row_of_tokens
 
 
@@ -19,7 +22,8 @@ def target_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [N] of each of the batch's targets after temperature, and entropy [N] there, fp32.
 
-    The output layer runs over `chunk` targets at a time; see `learner.model.output`.
+    The output layer runs over `chunk` targets at a time; see `learner.model.output`. On a pipeline stage
+    other than the last: the stage's hidden states, for the next one (`learner.model.schedule`).
     """
     return _run(model, batch, partial(logprobs_of, chunk=chunk, entropy_gradient=entropy_gradient))
 
@@ -27,7 +31,8 @@ def target_logprobs(
 def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits [N, V] from which each of the batch's targets is predicted, before temperature.
 
-    All of them at once: for what samples or compares whole distributions, not for training.
+    All of them at once: for what samples or compares whole distributions, not for training. On a pipeline
+    stage other than the last: its hidden states.
     """
     return _run(model, batch, logits_of)
 
@@ -43,8 +48,9 @@ def score(
     """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each, in the order given."""
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
-    for batch in pack(rows, budget):
-        logprobs, _ = target_logprobs(model, batch, chunk)
+    batches = pack(rows, budget)
+    found = forward_only(model, batches, partial(target_logprobs, model, chunk=chunk), itemgetter(0))
+    for batch, logprobs in zip(batches, found, strict=True):
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
             scores[index] = part.numpy()
@@ -85,7 +91,7 @@ def generate(
 def _last_logits(model: torch.nn.Module, rows: list[Row], budget: int) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
     batches = pack(rows, budget)
-    logits = torch.cat([target_logits(model, batch) for batch in batches])
+    logits = torch.cat(forward_only(model, batches, partial(target_logits, model), lambda logits: logits))
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
 
@@ -99,14 +105,18 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
 
 def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
     """`output` of the model's last hidden states; only the predictors' pass the output layer."""
-    return model(
-        input_ids=batch.tokens[None],
-        position_ids=batch.positions[None],
+    inputs = Inputs.of(batch)
+    result = model(
+        input_ids=inputs.batch.tokens[None],
+        position_ids=inputs.batch.positions[None],
         attention_mask=None,
-        packed_seq_params=PackedSequences.of(batch.cu_seqlens),
+        packed_seq_params=inputs.sequences,
         output_processor=partial(_processor, output),
-        output_processor_context=batch,
+        output_processor_context=inputs.batch,
     )
+    if not parallel_state.is_pipeline_last_stage():
+        return result
+    return tuple(map(inputs.whole, result)) if isinstance(result, tuple) else inputs.whole(result)
 
 
 def _processor(

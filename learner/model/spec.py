@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from learner.model.attention import PackedAttention
-from learner.model.norm import NormColumnParallelLinear, RMSNorm
+from learner.model.norm import DuplicatedLinear, NormColumnParallelLinear, RMSNorm
 from learner.model.shape import LatentAttention, Layer, Shape
 
 LATENT_NORM_EPS = 1e-6
@@ -46,11 +46,11 @@ class CpuBackend(LocalSpecProvider):
         return PackedAttention
 
 
-def block_spec(shape: Shape, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The modules of all layers and of the norm behind them."""
+def block_spec(shape: Shape, config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+    """The modules of `layers`, which are those of one pipeline stage, and of the norm behind the last."""
     backend = CpuBackend()
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(shape, layer, config, backend) for layer in shape.layers],
+        layer_specs=[_layer(shape, shape.layers[number], config, backend) for number in layers],
         layer_norm=backend.layer_norm(),
     )
 
@@ -97,9 +97,9 @@ def _latent_attention(backend: CpuBackend) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=backend.column_parallel_linear(),
-            linear_q_down_proj=backend.column_parallel_linear(),
+            linear_q_down_proj=DuplicatedLinear,
             linear_q_up_proj=normed,
-            linear_kv_down_proj=backend.column_parallel_linear(),
+            linear_kv_down_proj=DuplicatedLinear,
             linear_kv_up_proj=normed,
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
