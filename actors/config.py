@@ -113,5 +113,9 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     reward: str | dict[str, RewardPart] = "actors.rewards:gsm8k"
     """The reward function, `module:function`; or several by name, whose weighted sum is the reward. An
     empty table leaves the reward to the environment."""
+    solved: float = 1.0
+    """A group whose every reward is at least this counts its question as solved."""
+    failed: float = 0.0
+    """A group whose every reward is at most this counts its question as failed."""
     limits: LimitsConfig = LimitsConfig()
     """Processes that run the reward functions."""

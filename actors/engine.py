@@ -30,6 +30,10 @@ POLL_S = 0.1
 PROBE_S = 5.0
 """How long `alive` waits for an answer."""
 
+KEEP_ALIVE_S = 2.0
+"""How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
+server is closing and fail."""
+
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
 
@@ -76,7 +80,8 @@ class Engine:
     def __init__(self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str]) -> None:
         """Use `start`."""
         self._server, self._config, self._keys = server, config, keys
-        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._http = aiohttp.ClientSession(url, connector=connector)
 
     @classmethod
     async def start(

@@ -39,8 +39,10 @@ from actors.weights import WeightWorker
 from buffer.admission import Admit, Drop, Lease
 from buffer.client import AsyncStream
 from buffer.config import StreamConfig
+from buffer.difficulty import note
 from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
 from buffer.members import Heartbeat, JoinActor, Leave
+from buffer.schema import Group
 
 log = logging.getLogger("actor")
 
@@ -184,6 +186,7 @@ class Actor:
                     missing,
                     dict(self._invalid),
                 )
+            await self._note(group)
             if self._settings.stream.dynamic_sampling and teaches_nothing(group):
                 reason = "filtered"
                 return
@@ -212,6 +215,11 @@ class Actor:
             self._slots.release()
             if reason in ("reward", "engine", "filtered"):
                 await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))
+
+    async def _note(self, group: Group) -> None:
+        """Counts what became of the group's question."""
+        config, rewards = self._settings.rollout, [sample.reward for sample in group.samples]
+        await note(self._stream, group.row, rewards, solved=config.solved, failed=config.failed)
 
     async def _beat(self, stop: asyncio.Event) -> None:
         """Renews the leases in flight and hears whether the run goes on, at once when the state changes."""

@@ -78,6 +78,7 @@ ROLES = (
             SHARDS,
             "config",
             "files",
+            "curriculum",
             "environment",
             "progress",
             "mail:*",
@@ -85,7 +86,7 @@ ROLES = (
             "stop",
             RUNS,
         ),
-        reads=(),
+        reads=("difficulty",),
     ),
     Role(
         name="actor",
@@ -94,9 +95,9 @@ ROLES = (
         looks=("snapshot",),
         commands=(
             *(*FUNCTION_READS, *FUNCTION_WRITES),
-            *("get", "smembers", "blpop", "expire", "incrby", "multi", "exec"),
+            *("get", "smembers", "blpop", "expire", "incrby", "hincrbyfloat", "multi", "exec"),
         ),
-        writes=(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "actor_numbers"),
+        writes=(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "difficulty", "actor_numbers", "fleet"),
         reads=("config", "files", "progress", "stop", RUNS),
     ),
     Role(
@@ -117,7 +118,7 @@ ROLES = (
         calls=("requeue", "join", "heartbeat", "leave"),
         looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
-        writes=(*FUNCTION_KEYS, "stop"),
+        writes=(*FUNCTION_KEYS, "stop", "fleet"),
         reads=(SHARDS, "*", RUNS),
     ),
 )

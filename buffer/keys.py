@@ -78,11 +78,26 @@ KEYS = (
     ),
     Key("config", "string", "learner", "run", "the run's resolved configuration (JSON)"),
     Key("files", "hash", "learner", "run", "model config and tokenizer files by name"),
+    Key("curriculum", "hash", "learner", "run", "epoch -> rows of the data it leaves out (JSON)"),
+    Key(
+        "difficulty",
+        "hash",
+        "actors",
+        "run",
+        "`<row>:` asked, solved, failed, reward -> groups, sum of means",
+    ),
     Key("environment", "string", "learner", "run", "package versions, instruction set, threads (JSON)"),
     Key("progress", "hash", "learner", "run", "figures of the newest step"),
     Key("mail", "list", "learner", "while joined", "with `:<actor>`: requests to its weight worker (JSON)"),
     Key("scores", "list", "actors", "10 minutes", "with `:<actor>`: its answers to score requests (JSON)"),
     Key("actor_numbers", "string", "launch actors", "run", "how many actor names were given out"),
+    Key(
+        "fleet",
+        "hash",
+        "launch actors",
+        "run",
+        "launcher -> its actors (JSON), and with `:wanted` how many it shall run",
+    ),
     Key("stop", "string", "launch stop", "run", "set: no more leases, the learner ends after its step"),
 )
 

@@ -106,6 +106,10 @@ class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froze
     """Shorter prompts are left out."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are left out; how many prompts are left out is said at the start."""
+    skip_solved: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """A question that so many groups solved (`rollout.solved`) is left out of later epochs; 0: never."""
+    skip_failed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """A question at which so many groups failed (`rollout.failed`) is left out of later epochs; 0: never."""
     epochs: Count | None = None
     """Passes through the data after which the run ends; absent: it ends at `stream.max_steps` alone."""
 

@@ -55,7 +55,7 @@ class PromptOrder:
     """The sequence of prompts of a run: every epoch a new order from (seed, epoch).
 
     A position alone determines its prompt, so a run can be continued from any of them. Worked example:
-    with 3 prompts and `epochs` 2, ``length`` is 6, ``at(0)`` to ``at(2)`` are the three in some order,
+    with 3 prompts and `epochs` 2, ``at(0)`` to ``at(2)`` are the three in some order,
     ``at(3)`` to ``at(5)`` in another, ``at(6)`` is None.
     """
 
@@ -71,9 +71,8 @@ class PromptOrder:
         self._prompts, self._seed = prompts, seed
         self._shares = [Share(0, len(prompts), 1.0)] if shares is None else list(shares)
         self._size = sum(share.size for share in self._shares)
-        self._epoch, self._order = -1, list[int]()
-        self.length = None if epochs is None else epochs * self._size
-        """How many positions have a prompt; None: all."""
+        self._epochs, self._number = epochs, -1
+        self._epoch: list[Prompt] | None = None
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[PromptOrder, int]:
@@ -105,14 +104,18 @@ class PromptOrder:
 
     def at(self, position: int) -> Prompt | None:
         """The prompt at a position of the run, from 0; None after the last epoch."""
-        if self.length is not None and position >= self.length:
+        number, index = divmod(position, self._size)
+        if number != self._number:
+            self._number, self._epoch = number, self.epoch(number)
+        return None if self._epoch is None else self._epoch[index]
+
+    def epoch(self, number: int) -> list[Prompt] | None:
+        """The prompts of an epoch in its order; None after the last."""
+        if self._epochs is not None and number >= self._epochs:
             return None
-        epoch, index = divmod(position, self._size)
-        if epoch != self._epoch:
-            order = [index for share in self._shares for index in share.taken(self._seed, epoch)]
-            random.Random(f"{self._seed}:{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._prompts[self._order[index]]
+        order = [index for share in self._shares for index in share.taken(self._seed, number)]
+        random.Random(f"{self._seed}:{number}").shuffle(order)
+        return [self._prompts[index] for index in order]
 
     def __iter__(self) -> Iterator[Prompt]:
         """The prompts from position 0 on, to the last epoch's end."""

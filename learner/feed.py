@@ -10,6 +10,7 @@ from buffer.errors import Behind, StreamError
 from buffer.prompts import encode_prompt
 from buffer.session import Session
 from buffer.stream import sweep
+from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder
 
 _LOOK_S = 0.25
@@ -24,7 +25,7 @@ class Feeder(threading.Thread):
     nothing refers to are swept. What ends it early is kept in `error`.
     """
 
-    def __init__(self, session: Session, order: PromptOrder, *, ahead: int) -> None:
+    def __init__(self, session: Session, order: PromptOrder | Curriculum, *, ahead: int) -> None:
         super().__init__(name="feeder", daemon=True)
         self._session, self._order, self._ahead = session, order, ahead
         self._stopped = threading.Event()

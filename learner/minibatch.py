@@ -17,7 +17,7 @@ from buffer.schema import Group
 from learner.config import ObjectiveConfig
 from learner.objective import Totals
 from learner.objective.divergence import k1
-from learner.packing import MicroBatch, idle, pack, rows_of_groups
+from learner.packing import MicroBatch, Row, rows_of_groups
 from learner.samples import with_rewards
 
 
@@ -43,6 +43,9 @@ class MiniBatch:
     """Over all data-parallel ranks."""
 
 
+Pack = Callable[[Sequence[Row]], list[MicroBatch]]
+"""Micro-batches of rows, as many on every data-parallel rank."""
+
 Score = Callable[[Sequence[MicroBatch]], list[torch.Tensor]]
 """Log-probabilities [N] of each micro-batch's targets, without gradient."""
 
@@ -52,21 +55,21 @@ def split(
     everywhere: Sequence[str],
     count: int,
     step: int,
-    budget: int,
+    pack: Pack,
     over_ranks: Callable[[list[float]], list[float]],
 ) -> list[MiniBatch]:
     """`count` mini-batches, packed, advantages still 0.
 
     `everywhere` holds the ids of all ranks' groups in canonical order: a mini-batch is a run of them, sizes
     differing by at most 1, so which groups train together does not depend on the layout. `over_ranks`
-    adds numbers over the data-parallel ranks; each rank calls it once a mini-batch.
+    adds numbers over the data-parallel ranks; each rank calls it and `pack` once a mini-batch.
     """
     minis, size = [], len(everywhere)
     for index in range(count):
         members = set(everywhere[size * index // count : size * (index + 1) // count])
         part = [group for group in groups if group.id in members]
         rows = rows_of_groups(part, [np.zeros(len(group.samples)) for group in part], step)
-        batches = pack(rows, budget)
+        batches = pack(rows)
         sizes = [float(sum(len(b.targets) for b in batches)), float(sum(len(b.rows) for b in batches))]
         minis.append(MiniBatch(part, [Packed(batch) for batch in batches], Totals(*over_ranks(sizes))))
     return minis
@@ -83,21 +86,6 @@ def scored(minis: Sequence[MiniBatch], score: Score, field: str) -> list[MiniBat
         packed = [replace(p, **{field: values}) for p, values in zip(mini.packed, scores, strict=True)]
         found.append(replace(mini, packed=packed))
     return found
-
-
-def levelled(
-    minis: Sequence[MiniBatch], most_of_ranks: Callable[[list[float]], list[float]]
-) -> list[MiniBatch]:
-    """The mini-batches with idle micro-batches up to the number of the rank that has most.
-
-    Ranks that share experts meet in every forward pass. `most_of_ranks` takes maxima over the data-parallel
-    ranks.
-    """
-    most = most_of_ranks([float(len(mini.packed)) for mini in minis])
-    return [
-        replace(mini, packed=mini.packed + [Packed(idle())] * (int(count) - len(mini.packed)))
-        for mini, count in zip(minis, most, strict=True)
-    ]
 
 
 def less_divergence(minis: Sequence[MiniBatch], config: ObjectiveConfig) -> list[MiniBatch]:

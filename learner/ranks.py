@@ -54,6 +54,8 @@ class Read(msgspec.Struct, tag=True, frozen=True):
 
     step: int
     manifest: Manifest
+    mini_batches: int
+    """So many runs of it are trained one after the other."""
 
 
 class Train(msgspec.Struct, tag=True, frozen=True):
@@ -160,11 +162,11 @@ class Ranks:
             self.store.wait(["dismissed"], _LOOK)
 
 
-def read_share(stream: Stream, manifest: Manifest) -> tuple[list[Group], dict[str, str]]:
+def read_share(stream: Stream, manifest: Manifest, mini_batches: int) -> tuple[list[Group], dict[str, str]]:
     """This rank's groups of a manifest in canonical order, and those that some rank could not read with the
     reason of their strike. A collective of all ranks."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    frames = read_frames(stream, manifest.share(rank, ranks))
+    frames = read_frames(stream, manifest.share(rank, ranks, mini_batches))
     unread = [f"{frame.reason} {frame.row.group}" for frame in frames if frame.group is None]
     reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread))
     return [frame.group for frame in frames if frame.group is not None], reasons
@@ -189,8 +191,9 @@ class Leader(Trainer):
 
     def read(self, session: Session, step: int, manifest: Manifest) -> list[Group]:
         """Rank 0's groups of a step's manifest; the step trains without those that a rank cannot read."""
-        self._ranks.say(Read(step, manifest))
-        groups, reasons = read_share(session.stream, manifest)
+        order = Read(step, manifest, self._objective.mini_batches)
+        self._ranks.say(order)
+        groups, reasons = read_share(session.stream, manifest, order.mini_batches)
         rows = {row.group: row for row in manifest.rows}
         for group, reason in reasons.items():
             (frame,) = read_frames(session.stream, [rows[group]])
@@ -256,8 +259,8 @@ class Follower:
             match order:
                 case Load(folder):
                     trainer = self._load(Path(folder))
-                case Read(manifest=manifest):
-                    self._groups, _ = read_share(self._stream, manifest)
+                case Read(manifest=manifest, mini_batches=mini_batches):
+                    self._groups, _ = read_share(self._stream, manifest, mini_batches)
                 case Train(step):
                     trainer.train_step(self._groups, step)
                 case Supervise(samples, lr):

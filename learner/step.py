@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
@@ -31,9 +32,10 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
 from learner.errors import BatchError, ConfigError
+from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
-from learner.minibatch import MiniBatch, Packed, less_divergence, levelled, scored, split, with_advantages
+from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
@@ -55,7 +57,7 @@ from learner.model.world import (
 )
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
-from learner.packing import MicroBatch, pack, row_of_tokens
+from learner.packing import MicroBatch, Row, pack, row_of_tokens
 from learner.reference import Reference
 from learner.samples import choose
 from learner.watch import Watch
@@ -90,7 +92,7 @@ class Trainer:
 
         `seed` only drives the control run's permutation. Settings without effect are warned of. Raises
         `ModelError` for a checkpoint that cannot be trained exactly, `ConfigError` for a loss that cannot
-        be imported.
+        be imported, or a model that the ranks of this world cannot share as `model.parallel` says.
         """
         for sentence in idle_settings(objective):
             warnings.warn(sentence, stacklevel=2)
@@ -98,18 +100,27 @@ class Trainer:
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self._folder = folder
-        self._budget, self._chunk = model.micro_batch_tokens, model.logits_chunk
+        self._chunk = model.logits_chunk
         self._schedule = optimizer
         self._objective = objective
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape)
-        if model.parallel != sizes():
+        parallel = sizes()
+        if model.parallel != parallel:
             raise ConfigError(
-                f"model.parallel: got {model.parallel}, but the world was joined with {sizes()}; give "
+                f"model.parallel: got {model.parallel}, but the world was joined with {parallel}; give "
                 "`join_world` the same"
             )
+        self._fit = partial(
+            pack,
+            budget=model.micro_batch_tokens,
+            context=parallel.context,
+            tensor=parallel.tensor,
+        )
+        waiting = parallel_state.get_data_parallel_world_size() * parallel.pipeline > 1
+        self._cost = cost_of(self._shape) if waiting else None
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -124,7 +135,7 @@ class Trainer:
         Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
         valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
         is reported as `skipped`, as is a batch without a trained token. The ranks that share one copy of the
-        model are given the same groups; all ranks return the same figures, but for seconds and micro-batches.
+        model are given the same groups; all ranks return the same figures, but for seconds.
         Raises `BatchError` for a step other than the current version or no groups on any rank, `Aborted`
         when a threshold ended the run.
         """
@@ -159,9 +170,8 @@ class Trainer:
         It does not count as a version.
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
-        packed = [Packed(batch) for batch in pack(rows, self._budget)]
+        packed = [Packed(batch) for batch in self._pack(rows)]
         (tokens,) = sum_over_ranks([float(sum(len(part.batch.targets) for part in packed))])
-        (mini,) = self._levelled([MiniBatch([], packed, Totals(tokens, len(rows)))])
         losses: list[float] = []
 
         def loss(_: Packed, output: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -169,7 +179,7 @@ class Trainer:
             losses.append(total.item())
             return total
 
-        self._accumulate(mini, loss, Stopwatch())
+        self._accumulate(packed, loss, Stopwatch())
         norm = self._update(lr)
         (total,) = from_last_stage(sum_over_ranks([sum(losses)]), list[float])
         return {"loss": total, "grad_norm": norm, "lr": lr, "tokens": tokens}
@@ -192,7 +202,7 @@ class Trainer:
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each; the same on all ranks."""
-        return score(self._model, sequences, self._budget, temperature, self._chunk)
+        return score(self._model, sequences, self._fit, temperature, self._chunk)
 
     def generate(
         self,
@@ -203,7 +213,7 @@ class Trainer:
         seed: int = 0,
     ) -> list[list[int]]:
         """Sampled answers (greedy at temperature 0) without `eos_id`; meant for short ones."""
-        return generate(self._model, prompts, max_new_tokens, eos_id, self._budget, temperature, seed)
+        return generate(self._model, prompts, max_new_tokens, eos_id, self._fit, temperature, seed)
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
@@ -232,9 +242,7 @@ class Trainer:
             for group, why in chosen.dropped.items():
                 log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
             everywhere = union_over_ranks([group.id for group in chosen.groups])
-            minis = self._levelled(
-                split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
-            )
+            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._pack, sum_over_ranks)
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:
@@ -270,12 +278,6 @@ class Trainer:
         shuffled = np.random.default_rng([self._seed, step]).permutation(np.concatenate(values))
         return np.split(shuffled, np.cumsum([len(part) for part in values])[:-1])
 
-    def _levelled(self, minis: list[MiniBatch]) -> list[MiniBatch]:
-        """As many micro-batches on every rank, where the experts are shared by data-parallel ranks."""
-        parallel = sizes()
-        shared = parallel.expert * parallel.expert_tensor > 1
-        return levelled(minis, max_over_ranks) if shared else minis
-
     def _score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         forward = partial(target_logprobs, self._parallel, chunk=self._chunk)
         return forward_only(self._parallel, batches, forward, itemgetter(0))
@@ -285,7 +287,7 @@ class Trainer:
         if not mini.totals.tokens:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
-        self._accumulate(mini, partial(self._loss, mini.totals, tally), watch)
+        self._accumulate(mini.packed, partial(self._loss, mini.totals, tally), watch)
         with watch("update"):
             norm = self._update(lr)
         if not math.isfinite(norm):
@@ -298,8 +300,8 @@ class Trainer:
     ) -> torch.Tensor:
         """A micro-batch's share of the loss, from log-probability and entropy [N] of its targets."""
         batch, config, (logprobs, entropy) = packed.batch, self._objective, output
-        if not len(batch.targets):
-            return logprobs.sum()  # 0, but backward meets the other ranks
+        if not batch.rows:  # only the other ranks' collectives want this pass
+            return logprobs.sum()
         proximal = (
             logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
         )
@@ -310,18 +312,25 @@ class Trainer:
         count_tokens(tally, tokens, result, entropy, batch.staleness)
         return result.loss
 
-    def _accumulate(self, mini: MiniBatch, loss: Callable[..., torch.Tensor], watch: Stopwatch) -> None:
+    def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
+        (count,) = max_over_ranks([float(len(self._fit(rows)))])
+        return self._fit(rows, count=int(count), cost=self._cost)
+
+    def _accumulate(
+        self, packed: Sequence[Packed], loss: Callable[..., torch.Tensor], watch: Stopwatch
+    ) -> None:
         """Sum the gradients of the micro-batches' losses, `loss(packed, output)`, and then over the ranks."""
         # Both: after an update each parameter's grad is its slice of the buffer, and a backward that
         # found it there would count the first micro-batch twice.
         self._optimizer.zero_grad()
         self._parallel.zero_grad_buffer()
 
-        def forward(packed: Packed) -> Any:
+        def forward(part: Packed) -> Any:
             bonus = self._objective.entropy > 0
-            return target_logprobs(self._parallel, packed.batch, self._chunk, entropy_gradient=bonus)
+            return target_logprobs(self._parallel, part.batch, self._chunk, entropy_gradient=bonus)
 
-        forward_backward(self._parallel, mini.packed, forward, loss, watch)
+        forward_backward(self._parallel, packed, forward, loss, watch)
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""

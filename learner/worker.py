@@ -26,6 +26,7 @@ from buffer.members import Rules
 from buffer.session import Session
 from learner.batch import Batch, next_batch
 from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
@@ -138,8 +139,11 @@ class Learner:
         return self._trainer(self._folder / START)
 
     def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
-        rules = self._settings.stream
-        return Feeder(session, order, ahead=rules.groups_per_step * (rules.max_staleness + 2))
+        rules, data = self._settings.stream, self._settings.data
+        asked: PromptOrder | Curriculum = order
+        if data.skip_solved or data.skip_failed:
+            asked = Curriculum(order, self._stream, solved=data.skip_solved, failed=data.skip_failed)
+        return Feeder(session, asked, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
     def _offers(self, session: Session) -> Offers:
         settings = self._settings.weightsync

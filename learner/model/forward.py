@@ -14,7 +14,10 @@ from megatron.core import parallel_state
 from learner.model.inputs import Inputs
 from learner.model.output import logits_of, logprobs_of
 from learner.model.schedule import forward_only
-from learner.packing import MicroBatch, Row, pack, row_of_tokens
+from learner.packing import MicroBatch, Row, row_of_tokens
+
+Pack = Callable[[Sequence[Row]], list[MicroBatch]]
+"""Micro-batches of rows."""
 
 
 def target_logprobs(
@@ -41,14 +44,14 @@ def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 def score(
     model: torch.nn.Module,
     sequences: Sequence[Sequence[int]],
-    budget: int,
+    pack: Pack,
     temperature: float,
     chunk: int,
 ) -> list[np.ndarray]:
     """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each, in the order given."""
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
-    batches = pack(rows, budget)
+    batches = pack(rows)
     found = forward_only(model, batches, partial(target_logprobs, model, chunk=chunk), itemgetter(0))
     for batch, logprobs in zip(batches, found, strict=True):
         counts = torch.bincount(batch.sample).tolist()
@@ -63,7 +66,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int,
-    budget: int,
+    pack: Pack,
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
@@ -78,7 +81,7 @@ def generate(
     for _ in range(max_new_tokens):
         # One position is predicted a sequence: the target itself is not known yet, hence the 0.
         rows = [row_of_tokens([*sequences[index], 0], len(sequences[index])) for index in running]
-        logits = _last_logits(model, rows, budget)
+        logits = _last_logits(model, rows, pack)
         for index, token in zip(running, _draw(logits, temperature, source), strict=True):
             sequences[index].append(token)
         running = [index for index in running if sequences[index][-1] != eos_id]
@@ -88,9 +91,9 @@ def generate(
     return [answer[:-1] if answer and answer[-1] == eos_id else answer for answer in answers]
 
 
-def _last_logits(model: torch.nn.Module, rows: list[Row], budget: int) -> torch.Tensor:
+def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
-    batches = pack(rows, budget)
+    batches = pack(rows)
     logits = torch.cat(forward_only(model, batches, partial(target_logits, model), lambda logits: logits))
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]

@@ -1,14 +1,13 @@
 """What of a micro-batch this rank feeds to its part of the model.
 
-Alone, all of it as it is. With context parallelism every sequence is padded to a multiple of 2 * context
-and dealt out; with tensor parallelism the last one is padded further, until each rank's tokens divide by it.
-Padding stands behind a sequence's last token, which no real token sees, and is no target.
+All of it as it is, but with context parallelism: then each rank feeds its pieces of every sequence. (Tensor
+parallelism splits tokens inside the model, behind the embedding.) Padding that `learner.packing` put there
+counts as part of its sequence: it stands behind all real tokens, and none of them sees it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import lcm
 
 import torch
 from megatron.core import parallel_state
@@ -35,15 +34,12 @@ class Inputs:
     @classmethod
     def of(cls, batch: MicroBatch) -> Inputs:
         """The part of `batch` that is this rank's in the world it joined."""
-        tensor = parallel_state.get_tensor_model_parallel_world_size()
         context = parallel_state.get_context_parallel_world_size()
         total = len(batch.targets)
-        if tensor * context > 1:
-            batch = padded(batch, tensor, context)
         if context == 1:
-            return cls(batch, PackedSequences.of(batch.cu_seqlens), None, total)
+            return cls(batch, PackedSequences.of(batch.cu_seqlens_padded), None, total)
         rank = parallel_state.get_context_parallel_rank()
-        owner = owners(batch.cu_seqlens, context)
+        owner = owners(batch.cu_seqlens_padded, context)
         mine = torch.nonzero(owner == rank).squeeze(1)
         chosen = torch.nonzero(owner[batch.predictors] == rank).squeeze(1)
         part = replace(
@@ -54,31 +50,10 @@ class Inputs:
             targets=batch.targets[chosen],
             temperature=batch.temperature[chosen],
         )
-        return cls(part, PackedSequences.of(batch.cu_seqlens, context, rank), chosen, total)
+        return cls(part, PackedSequences.of(batch.cu_seqlens_padded, context, rank), chosen, total)
 
     def whole(self, values: torch.Tensor) -> torch.Tensor:
         """[N]: the values of all targets from those [n] of this rank's, on every context-parallel rank."""
         if self.chosen is None:
             return values
         return gather_values(values, self.chosen, self.total, parallel_state.get_context_parallel_group())
-
-
-def padded(batch: MicroBatch, tensor: int, context: int) -> MicroBatch:
-    """`batch` with token 0 behind its sequences, see the top of this file; targets stay what they were."""
-    unit = 2 * context if context > 1 else 1
-    lengths = torch.diff(batch.cu_seqlens).long()
-    wide = (lengths + unit - 1) // unit * unit
-    wide[-1] += -int(wide.sum()) % lcm(unit, tensor * context)
-    bounds = torch.nn.functional.pad(wide.cumsum(0), (1, 0))
-    # Where each token goes, and which place of its sequence each place is.
-    moved = torch.repeat_interleave(bounds[:-1] - batch.cu_seqlens[:-1], lengths) + torch.arange(
-        len(batch.tokens)
-    )
-    return replace(
-        batch,
-        tokens=batch.tokens.new_zeros(int(bounds[-1])).index_copy(0, moved, batch.tokens),
-        positions=torch.arange(int(bounds[-1])) - torch.repeat_interleave(bounds[:-1], wide),
-        cu_seqlens=bounds.int(),
-        max_length=int(wide.max()),
-        predictors=moved[batch.predictors],
-    )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock, call
 
 import pytest
 
@@ -27,6 +28,12 @@ class Written:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.groups: list[Group] = []
+        self.redis = MagicMock()
+        self.counts = MagicMock(execute=AsyncMock())
+        self.redis.pipeline.return_value.__aenter__.return_value = self.counts
+
+    def key(self, name: str) -> str:
+        return name
 
     async def call(self, call: Any) -> None:
         self.calls.append(call)
@@ -73,6 +80,10 @@ async def test_a_hanging_and_a_crashing_reward_cost_their_samples(
     assert [sample.reward for sample in group.samples] == [1.0, 1.0]
     assert actor._invalid == {"deadline": 2, "died": 1}
     assert stream.calls == []
+    assert stream.counts.hincrby.call_args_list == [
+        call("difficulty", f"{group.row}:asked", 1),
+        call("difficulty", f"{group.row}:solved", 1),
+    ]
     assert f"group {LEASE.group}: 3 invalid samples left out; so far" in caplog.text
 
 
