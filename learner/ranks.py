@@ -31,7 +31,7 @@ from buffer.client import Stream
 from buffer.schema import Group
 from buffer.session import Session
 from buffer.stream import read_frames
-from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from learner.errors import LearnerError
 from learner.metrics import Metrics
 from learner.model.world import join_world, union_over_ranks
@@ -115,15 +115,16 @@ class Ranks:
         self._said = 0
 
     @classmethod
-    def meet(cls) -> Ranks:
-        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name;
-        without them this process is alone."""
+    def meet(cls, parallel: ParallelConfig) -> Ranks:
+        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, which
+        share the model as `parallel` says; without them this process is alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
+            join_world(parallel=parallel)
             return cls()
         rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
         store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), size, is_master=rank == 0)
-        join_world(dist.PrefixStore("world", store), rank, size)
+        join_world(dist.PrefixStore("world", store), rank, size, parallel)
         return cls(rank, size, store)
 
     def say(self, order: Order) -> None:
@@ -163,13 +164,15 @@ class Ranks:
 
 
 def read_share(stream: Stream, manifest: Manifest, mini_batches: int) -> tuple[list[Group], dict[str, str]]:
-    """This rank's groups of a manifest in canonical order, and those that some rank could not read with the
-    reason of their strike. A collective of all ranks."""
+    """The groups of this rank's share of a manifest, in canonical order, and those that some rank could not
+    read with the reason of their strike. A collective of all ranks: those that share a copy of the model
+    read the same groups, and train the same of them."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     frames = read_frames(stream, manifest.share(rank, ranks, mini_batches))
     unread = [f"{frame.reason} {frame.row.group}" for frame in frames if frame.group is None]
-    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread))
-    return [frame.group for frame in frames if frame.group is not None], reasons
+    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread, dist.group.WORLD))
+    groups = [frame.group for frame in frames if frame.group is not None]
+    return [group for group in groups if group.id not in reasons], reasons
 
 
 class Leader(Trainer):

@@ -74,10 +74,12 @@ def merge_over_ranks(sums: dict[str, float]) -> dict[str, float]:
     return dict(zip(names, sum_over_ranks([sums.get(name, 0.0) for name in names]), strict=True))
 
 
-def union_over_ranks(names: list[str]) -> list[str]:
-    """Every name, none of them empty or with a line break, that some data-parallel rank has; sorted."""
-    group = parallel_state.get_data_parallel_group()
-    parts = gather_bytes("\n".join(names).encode(), group)
+def union_over_ranks(names: list[str], group: dist.ProcessGroup | None = None) -> list[str]:
+    """Every name, none of them empty or with a line break, that some rank of `group` has; sorted.
+
+    None: the data-parallel ranks.
+    """
+    parts = gather_bytes("\n".join(names).encode(), group or parallel_state.get_data_parallel_group())
     return sorted({name for part in parts for name in part.decode().split("\n")} - {""})
 
 
