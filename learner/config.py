@@ -60,6 +60,10 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""
 
+    def alone(self) -> ModelConfig:
+        """The same model on one rank."""
+        return msgspec.structs.replace(self, parallel=ParallelConfig())
+
 
 class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """One of several data sets that a run mixes."""

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from learner.model.inputs import Inputs
 from learner.model.output import logits_of, logprobs_of
 from learner.model.schedule import forward_only
+from learner.model.world import from_rank_0
 from learner.packing import MicroBatch, Row, row_of_tokens
 
 Pack = Callable[[Sequence[Row]], list[MicroBatch]]
@@ -82,7 +83,9 @@ def generate(
         # One position is predicted a sequence: the target itself is not known yet, hence the 0.
         rows = [row_of_tokens([*sequences[index], 0], len(sequences[index])) for index in running]
         logits = _last_logits(model, rows, pack)
-        for index, token in zip(running, _draw(logits, temperature, source), strict=True):
+        # Logits of several copies may differ in their last bit, where copies share experts.
+        drawn = from_rank_0(_draw(logits, temperature, source))
+        for index, token in zip(running, drawn, strict=True):
             sequences[index].append(token)
         running = [index for index in running if sequences[index][-1] != eos_id]
         if not running:

@@ -54,6 +54,23 @@ def sizes() -> ParallelConfig:
     )
 
 
+def described() -> str:
+    """The ranks and how they share the model, in words; one rank where no world was joined."""
+    if not parallel_state.is_initialized() or dist.get_world_size() == 1:
+        return "1 rank"
+    shared = [f"{field} {size}" for field, size in msgspec.structs.asdict(sizes()).items() if size > 1]
+    return " ".join([f"{dist.get_world_size()} ranks", *shared])
+
+
+def from_rank_0(numbers: list[int]) -> list[int]:
+    """The numbers of rank 0, as many on every rank, on all ranks of the world."""
+    if dist.get_world_size() == 1:
+        return numbers
+    agreed = torch.tensor(numbers)
+    dist.broadcast(agreed, 0)
+    return agreed.tolist()
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """The element-wise sum over the data-parallel ranks, exact for counts below 2**53."""
     totals = torch.tensor(values, dtype=torch.float64)
