@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
+from learner.checkpoint.folder import State
+from learner.checkpoint.saver import Saver
+from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
@@ -37,14 +39,13 @@ from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
-from learner.model.forward import generate, score, target_logprobs
+from learner.model.forward import generate, of_logprobs, score, target_logprobs
 from learner.model.hf_config import read_shape
 from learner.model.optimizer import (
     build_optimizer,
-    clip_gradients,
+    clipped_update,
     learning_rate,
     torch_optimizers,
-    update,
 )
 from learner.model.schedule import forward_backward, forward_only
 from learner.model.world import (
@@ -71,6 +72,8 @@ class Snapshot:
 
     weights: list[torch.Tensor]
     """Copies of the parameters, in the model's order."""
+    exact: list[torch.Tensor]
+    """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: list[dict[str, Any]]
     """A copy of each optimizer's moments and counters, by parameter number."""
     version: int
@@ -106,7 +109,7 @@ class Trainer:
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape)
+        self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
         parallel = sizes()
         if model.parallel != parallel:
             raise ConfigError(
@@ -127,6 +130,7 @@ class Trainer:
             self._reference = Reference(self._model)
         load_hf(self._model, self._shape, folder)
         self._parallel = data_parallel(self._model)
+        self._device = next(self._model.parameters()).device
         self._optimizer = build_optimizer(self._parallel, optimizer)
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -215,22 +219,52 @@ class Trainer:
         """Sampled answers (greedy at temperature 0) without `eos_id`; meant for short ones."""
         return generate(self._model, prompts, max_new_tokens, eos_id, self._fit, temperature, seed)
 
+    def parts(self) -> list[Part]:
+        """What a checkpoint holds: views of weights and moments, which the next step changes."""
+        return parts(self._model, self._optimizer)
+
+    def optimizer_steps(self) -> int:
+        """Updates behind the optimizer's moments; steps that were skipped made none."""
+        return optimizer_steps(self._optimizer)
+
+    def save_checkpoint(self, saver: Saver, state: State) -> None:
+        """Begins to save what the trainer is now; the saver knows when it is complete."""
+        saver.begin(state, self.parts())
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint of the run that this trainer, so far untrained, started.
+
+        The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
+        `CheckpointError`.
+        """
+        if self._objective.kl.coefficient:
+            self._reference_at(0)
+        self.version = load(self._model, self._optimizer, folder)
+
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
         moments = [_copy(inner.state_dict()["state"]) for inner in torch_optimizers(self._optimizer)]
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, moments, self.version)
+        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
+            for own, weights in zip(self._exact(), snapshot.exact, strict=True):
+                own.copy_(weights)
         for inner, moments in zip(torch_optimizers(self._optimizer), snapshot.optimizer, strict=True):
             inner.load_state_dict(
                 {"state": _copy(moments), "param_groups": inner.state_dict()["param_groups"]}
             )
         self.version = snapshot.version
+
+    def _exact(self) -> list[torch.Tensor]:
+        """The weights that the optimizer keeps beside the model's."""
+        models = {id(parameter) for parameter in self._model.parameters()}
+        own = (value for group in self._optimizer.param_groups for value in group["params"])
+        return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
         self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
@@ -280,7 +314,7 @@ class Trainer:
 
     def _score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         forward = partial(target_logprobs, self._parallel, chunk=self._chunk)
-        return forward_only(self._parallel, batches, forward, itemgetter(0))
+        return forward_only(self._parallel, batches, forward, of_logprobs)
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -299,7 +333,8 @@ class Trainer:
         self, totals: Totals, tally: Tally, packed: Packed, output: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """A micro-batch's share of the loss, from log-probability and entropy [N] of its targets."""
-        batch, config, (logprobs, entropy) = packed.batch, self._objective, output
+        packed, config, (logprobs, entropy) = packed.to(self._device), self._objective, output
+        batch = packed.batch
         if not batch.rows:  # only the other ranks' collectives want this pass
             return logprobs.sum()
         proximal = (
@@ -314,7 +349,10 @@ class Trainer:
 
     def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
         """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
-        (count,) = max_over_ranks([float(len(self._fit(rows)))])
+        batches = self._fit(rows)
+        if self._cost is None:
+            return batches
+        (count,) = max_over_ranks([float(len(batches))])
         return self._fit(rows, count=int(count), cost=self._cost)
 
     def _accumulate(
@@ -334,10 +372,7 @@ class Trainer:
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
-        norm = clip_gradients(self._parallel, self._schedule.clip_grad)
-        if math.isfinite(norm):
-            update(self._optimizer, lr)
-        return norm
+        return clipped_update(self._parallel, self._optimizer, lr, self._schedule.clip_grad)
 
 
 def _copy(state: dict[Any, dict[str, torch.Tensor]]) -> dict[Any, dict[str, torch.Tensor]]:

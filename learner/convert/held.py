@@ -6,6 +6,7 @@ tensor is slices of the same keys, so the two meet whatever the layout, and no r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from math import prod
 
@@ -44,6 +45,26 @@ class Region(msgspec.Struct, frozen=True):
         for dim, (begin, length) in enumerate(zip(self.start, self.size, strict=True)):
             whole = whole.narrow(dim, begin - share.start[dim], length)
         return whole
+
+
+def alone() -> bool:
+    """Whether this process is the only rank: names are then enough, and the quicker way."""
+    return dist.get_world_size() == 1
+
+
+def named_tensors(model: GPTModel) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers of `model` by the names of rules; writing to them writes to the model."""
+    state = model.state_dict(keep_vars=True)
+    return {
+        rule_name(name): value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")  # FP8 scales
+    }
+
+
+def rule_name(name: str) -> str:
+    """What a rule calls a parameter: Transformer Engine numbers the weights of grouped experts instead."""
+    return re.sub(r"\.experts\.(\w+)\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 
 
 class Held:
@@ -86,8 +107,8 @@ def whole_tensors(model: GPTModel, shape: Shape) -> Iterator[tuple[Rule, torch.T
     A collective of all ranks; the others get nothing. What rank 0 holds all of is a view of its model, the
     rest is in fp32. Raises `ModelError` there if no rank holds a part of a tensor.
     """
-    if dist.get_world_size() == 1:  # names are enough, and the quicker way
-        own = model.state_dict(keep_vars=True)
+    if alone():
+        own = named_tensors(model)
         yield from ((rule, own[rule.mcore].detach()) for rule in rules(shape))
         return
     held, rank = Held(model), dist.get_rank()
@@ -104,7 +125,7 @@ def whole_tensors(model: GPTModel, shape: Shape) -> Iterator[tuple[Rule, torch.T
             if source:
                 tensors = _receive([region for region, _ in pairs], source)
             else:
-                tensors = [held.tensors[region].float() for region, _ in pairs]
+                tensors = [held.tensors[region].to("cpu", torch.float32) for region, _ in pairs]
             for (region, share), tensor in zip(pairs, tensors, strict=True):
                 found[share].append((region, tensor))
         for rule in bucket:
@@ -149,7 +170,7 @@ def _buckets(shape: Shape) -> Iterator[list[Rule]]:
 def _send(tensors: list[torch.Tensor]) -> None:
     """To rank 0, as one message; nothing at all if there are none."""
     if tensors:
-        dist.send(torch.cat([tensor.float().flatten() for tensor in tensors]), 0)
+        dist.send(torch.cat([tensor.to("cpu", torch.float32).flatten() for tensor in tensors]), 0)
 
 
 def _receive(regions: list[Region], source: int) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from learner.convert.held import Held, by_share, whole_tensors
+from learner.convert.held import Held, alone, by_share, named_tensors, whole_tensors
 from learner.convert.names import hf_shapes, rules
 from learner.convert.shares import pieces, shares
 from learner.errors import ModelError
@@ -59,7 +59,7 @@ class HfFolder:
 
 
 def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
-    """Load `folder`/*.safetensors into `model`, as fp32: of each tensor the part that this rank holds.
+    """Load `folder`/*.safetensors into `model`: of each tensor the part that this rank holds.
 
     Tensors of which it holds nothing are not read. Tensors of multi-token prediction are checked and left
     alone: `save_hf` copies them. Raises `ModelError` naming the tensor when one is missing, unknown, stored
@@ -67,6 +67,25 @@ def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
     """
     source = HfFolder(folder)
     check_coverage(source, shape)
+    with torch.no_grad():
+        unfilled = _fill_alone(model, shape, source) if alone() else _fill(model, shape, source)
+    if unfilled:
+        raise ModelError(
+            f"{folder}: no rule fills {sorted(unfilled)} of the model; learner/convert/names.py needs one"
+        )
+
+
+def _fill_alone(model: GPTModel, shape: Shape, source: HfFolder) -> list[str]:
+    """Fills a model that no other rank shares; the names of what no rule fills."""
+    targets = named_tensors(model)
+    for rule in rules(shape):
+        parts = [source.tensor(part.name).float() for part in rule.parts]
+        targets.pop(rule.mcore).copy_(rule.merge(parts))
+    return list(targets)
+
+
+def _fill(model: GPTModel, shape: Shape, source: HfFolder) -> list[str]:
+    """Fills this rank's part of the model; the keys of what no rule fills."""
     held = Held(model)
     regions = by_share(held.tensors)
     for rule in rules(shape):
@@ -76,11 +95,7 @@ def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
         for share, piece in pieces(rule, shape, merged):
             for region in regions.get((share.key, share.expert), ()):
                 held.tensors.pop(region).copy_(region.of(piece, share))
-    if held.tensors:
-        raise ModelError(
-            f"{folder}: no rule fills {sorted(region.key for region in held.tensors)} of the model; "
-            "learner/convert/names.py needs one"
-        )
+    return [region.key for region in held.tensors]
 
 
 def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
@@ -90,7 +105,7 @@ def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
     """
     tensors = {}
     for rule, merged in whole_tensors(model, shape):
-        for part, tensor in zip(rule.parts, rule.split(merged), strict=True):
+        for part, tensor in zip(rule.parts, rule.split(merged.to("cpu", torch.float32)), strict=True):
             tensors[part.name] = torch.empty(part.shape).copy_(tensor)
     return tensors
 

@@ -18,7 +18,7 @@ def positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """int64 [T]: position of each token in its own sequence."""
     lengths = torch.diff(cu_seqlens).long()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    return torch.arange(len(starts)) - starts
+    return torch.arange(len(starts), device=starts.device) - starts
 
 
 def owners(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def owners(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
 def places(owner: torch.Tensor, size: int) -> torch.Tensor:
     """int64 [T]: where each token lies when the shares of all ranks are laid one behind the other."""
     order = torch.cat([torch.nonzero(owner == rank).squeeze(1) for rank in range(size)])
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def gather_values(

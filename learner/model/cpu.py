@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
 from megatron.core.ssm.gated_delta_net import common, gdn
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as tensor_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
-from learner.model import delta_rule
+from learner.model import delta_rule, gloo
 from learner.model.context import owners, positions
 from learner.model.norm import DuplicatedLinear
 
@@ -35,10 +36,11 @@ class _NoStream:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Within it ``device="cuda"`` creates tensors on the CPU.
+    """Within it ``device="cuda"`` creates tensors on the CPU, whose types have CUDA's names.
 
-    For constructors only: Megatron-Core's optimizers put a constant on "cuda". A mode costs Python
-    time on every operation, so no training runs inside it.
+    For constructors only: Megatron-Core's optimizers put a constant on "cuda", and the one that keeps fp32
+    copies of bf16 weights knows them by "torch.cuda.BFloat16Tensor". A mode costs Python time on every
+    operation, so no training runs inside it.
     """
 
     def __torch_function__(
@@ -48,7 +50,12 @@ class CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return (
+            result.replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.type and len(args) == 1
+            else result
+        )
 
 
 def stand_in_for_cuda() -> None:
@@ -64,11 +71,17 @@ def stand_in_for_cuda() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     # Sequence parallelism asks for random states by name, though nothing here is random.
-    initialize_rng_tracker(inference_rng_tracker=True)
+    tensor_random.initialize_rng_tracker(inference_rng_tracker=True)
     # Splits of an exchange between experts' ranks are numbers on the host, which tensors here already are.
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+    # Experts that ranks share in unequal parts are gathered over gloo.
+    mappings._gather_along_first_dim = gloo.gather
+    mappings._reduce_scatter_along_first_dim = gloo.reduce_scatter
     # Latent attention takes its narrow projections from ModelOpt when there is no Transformer Engine.
     multi_latent_attention.Linear = DuplicatedLinear
+    # What is computed again gets the random state that it had, though nothing here is random.
+    tensor_random._get_cuda_rng_state = lambda **_: None
+    tensor_random._set_cuda_rng_state = lambda state, **_: None
     # Some functions are compiled at their first call, for which a host needs a C++ compiler.
     torch.compiler.set_stance("force_eager")
     # Gated DeltaNet takes three functions from flash-linear-attention, which needs a GPU.

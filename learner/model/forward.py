@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,11 @@ def target_logprobs(
     return _run(model, batch, partial(logprobs_of, chunk=chunk, entropy_gradient=entropy_gradient))
 
 
+def of_logprobs(output: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The log-probabilities in what `target_logprobs` gives, on the CPU."""
+    return output[0].cpu()
+
+
 def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits [N, V] from which each of the batch's targets is predicted, before temperature.
 
@@ -53,7 +57,7 @@ def score(
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
     batches = pack(rows)
-    found = forward_only(model, batches, partial(target_logprobs, model, chunk=chunk), itemgetter(0))
+    found = forward_only(model, batches, partial(target_logprobs, model, chunk=chunk), of_logprobs)
     for batch, logprobs in zip(batches, found, strict=True):
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
@@ -97,7 +101,8 @@ def generate(
 def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
     batches = pack(rows)
-    logits = torch.cat(forward_only(model, batches, partial(target_logits, model), lambda logits: logits))
+    found = forward_only(model, batches, partial(target_logits, model), lambda logits: logits.float().cpu())
+    logits = torch.cat(found)
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
 
@@ -111,7 +116,7 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
 
 def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
     """`output` of the model's last hidden states; only the predictors' pass the output layer."""
-    inputs = Inputs.of(batch)
+    inputs = Inputs.of(batch.to(next(model.parameters()).device))
     result = model(
         input_ids=inputs.batch.tokens[None],
         position_ids=inputs.batch.positions[None],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from learner.model.attention import PackedSequences
 from learner.model.context import gather_values, owners
@@ -24,8 +25,8 @@ class Inputs:
     batch: MicroBatch
     """The tokens of this rank's context-parallel share; predictors, targets and temperatures are those of
     the targets `chosen`, all else is that of the whole micro-batch."""
-    sequences: PackedSequences
-    """Bounds of the padded sequences and the plan of attention."""
+    sequences: PackedSeqParams
+    """Bounds of the padded sequences, of all ranks, as the attention of the batch's device wants them."""
     chosen: torch.Tensor | None
     """int64 [n]: indices of the targets that are predicted here; None: all."""
     total: int
@@ -34,10 +35,10 @@ class Inputs:
     @classmethod
     def of(cls, batch: MicroBatch) -> Inputs:
         """The part of `batch` that is this rank's in the world it joined."""
-        context = parallel_state.get_context_parallel_world_size()
+        sequences, context = _sequences(batch), parallel_state.get_context_parallel_world_size()
         total = len(batch.targets)
         if context == 1:
-            return cls(batch, PackedSequences.of(batch.cu_seqlens_padded), None, total)
+            return cls(batch, sequences, None, total)
         rank = parallel_state.get_context_parallel_rank()
         owner = owners(batch.cu_seqlens_padded, context)
         mine = torch.nonzero(owner == rank).squeeze(1)
@@ -50,10 +51,21 @@ class Inputs:
             targets=batch.targets[chosen],
             temperature=batch.temperature[chosen],
         )
-        return cls(part, PackedSequences.of(batch.cu_seqlens_padded, context, rank), chosen, total)
+        return cls(part, sequences, chosen, total)
 
     def whole(self, values: torch.Tensor) -> torch.Tensor:
         """[N]: the values of all targets from those [n] of this rank's, on every context-parallel rank."""
         if self.chosen is None:
             return values
         return gather_values(values, self.chosen, self.total, parallel_state.get_context_parallel_group())
+
+
+def _sequences(batch: MicroBatch) -> PackedSeqParams:
+    """Where the sequences of `batch`, of which this rank feeds its share, start and end."""
+    if not batch.tokens.is_cuda:
+        context = parallel_state.get_context_parallel_world_size()
+        rank = parallel_state.get_context_parallel_rank()
+        return PackedSequences.of(batch.cu_seqlens_padded, context, rank)
+    from learner.model.gpu import boundaries  # needs Transformer Engine
+
+    return boundaries(batch)

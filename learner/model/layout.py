@@ -11,6 +11,11 @@ from learner.model.shape import Attention, Shape
 
 def check_shape(parallel: ParallelConfig, shape: Shape) -> None:
     """Raise `ConfigError`, naming the field, unless ranks can share a model of `shape` as `parallel` says."""
+    if shape.hybrid is not None and parallel != ParallelConfig():
+        raise ConfigError(
+            f"model.parallel: got {parallel} with a {shape.family} model, of which every rank has all; leave "
+            "all sizes 1, more ranks are data parallelism"
+        )
     for field, size, what, count in _divisors(parallel, shape):
         if count % size:
             raise ConfigError(

@@ -31,7 +31,7 @@ def join_world(
     parallel = parallel or ParallelConfig()
     _check(parallel, size)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
+        dist.init_process_group(_backend(rank), store=store or dist.HashStore(), rank=rank, world_size=size)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -69,6 +69,14 @@ def from_rank_0(numbers: list[int]) -> list[int]:
     agreed = torch.tensor(numbers)
     dist.broadcast(agreed, 0)
     return agreed.tolist()
+
+
+def _backend(rank: int) -> str:
+    """gloo, and beside it NCCL for what lies on this rank's GPU."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    return "cpu:gloo,cuda:nccl"
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -102,8 +102,15 @@ def make_family(case: str, folder: Path, std: float = 0.1, **changes: Any) -> to
     `changes` are other fields of config.json than those of the case.
     """
     name, fields = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**fields, **changes})
-    torch.manual_seed(SEEDS.get(case, 0))
+    model = random_model(name, {**fields, **changes}, SEEDS.get(case, 0), std)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_model(name: str, fields: dict[str, Any], seed: int = 0, std: float = 0.1) -> torch.nn.Module:
+    """transformers' model of class `name` with random weights, in evaluation mode."""
+    config = getattr(transformers, f"{name}Config")(**fields)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     zero_centred = name == "Qwen3Next"
     with torch.no_grad():
@@ -116,7 +123,6 @@ def make_family(case: str, folder: Path, std: float = 0.1, **changes: Any) -> to
             tensor.normal_(0.0, std)
             if "norm" in tensor_name and (not zero_centred or "linear_attn" in tensor_name):
                 tensor.add_(1.0)
-    model.save_pretrained(folder)
     return model
 
 

@@ -15,7 +15,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from safetensors.torch import load_file, save_file
 
-from learner.config import ParallelConfig
 from learner.convert.names import hf_shapes, mtp_rules, rules
 from learner.convert.rule import Part, Rule
 from learner.errors import ModelError
@@ -150,7 +149,7 @@ def test_a_shifted_gain_comes_back_bit_by_bit() -> None:
 def test_multi_token_prediction_has_megatron_cores_names(tmp_path: Path) -> None:
     make_family("qwen3_next", tmp_path)
     shape = read_shape(tmp_path)
-    config = transformer_config(shape, ParallelConfig())
+    config = transformer_config(shape)
     config.mtp_num_layers = 1
     spec = block_spec(shape, config, range(len(shape.layers)))
     model = GPTModel(
