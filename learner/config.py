@@ -215,6 +215,10 @@ class AbortConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     alone is the bound."""
     steps: Count = 20
     """So many steps in a row that count end the run, with what to do."""
+    mismatch: NonNegative = 0.1
+    """Mean |log p(engine) - log p(learner)| of the first batch's tokens, in nats, above which the run ends
+    before it trains them; 0: never. In fp32 it is below 1e-5, in bf16 some 0.01; a stale prefix cache
+    was seen to give 0.9."""
 
 
 class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

@@ -22,18 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
-from learner.checkpoint.folder import State
-from learner.checkpoint.saver import Saver
 from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
-from learner.errors import BatchError, ConfigError
+from learner.errors import BatchError, CheckpointError, ConfigError
 from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
@@ -49,9 +46,11 @@ from learner.model.optimizer import (
 )
 from learner.model.schedule import forward_backward, forward_only
 from learner.model.world import (
+    count_ranks,
     from_last_stage,
     max_over_ranks,
     merge_over_ranks,
+    rank,
     sizes,
     sum_over_ranks,
     union_over_ranks,
@@ -102,6 +101,8 @@ class Trainer:
         loss_named(objective.loss)
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights and moments change: somebody may still copy them."""
         self._folder = folder
         self._chunk = model.logits_chunk
         self._schedule = optimizer
@@ -201,7 +202,7 @@ class Trainer:
         Rank 0 writes what all ranks `export`.
         """
         tensors = self.export()
-        if dist.get_rank() == 0:
+        if rank() == 0:
             save_hf(tensors, self._shape, folder, self._folder)
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
@@ -227,19 +228,21 @@ class Trainer:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
         return optimizer_steps(self._optimizer)
 
-    def save_checkpoint(self, saver: Saver, state: State) -> None:
-        """Begins to save what the trainer is now; the saver knows when it is complete."""
-        saver.begin(state, self.parts())
-
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
 
         The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
-        `CheckpointError`.
+        `CheckpointError`, on every rank if on any.
         """
         if self._objective.kl.coefficient:
             self._reference_at(0)
-        self.version = load(self._model, self._optimizer, folder)
+        error = None
+        try:
+            self.version = load(self._model, self._optimizer, folder, rank())
+        except CheckpointError as found:
+            error = found
+        if failed := count_ranks(error is not None):
+            raise error or CheckpointError(f"{folder} cannot be read by {failed} other ranks")
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
@@ -322,6 +325,7 @@ class Trainer:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
         self._accumulate(mini.packed, partial(self._loss, mini.totals, tally), watch)
+        self.before_update()
         with watch("update"):
             norm = self._update(lr)
         if not math.isfinite(norm):

@@ -79,6 +79,18 @@ def _backend(rank: int) -> str:
     return "cpu:gloo,cuda:nccl"
 
 
+def rank() -> int:
+    """Number of this process among all, whatever they share."""
+    return dist.get_rank()
+
+
+def count_ranks(true: bool) -> int:
+    """How many of all processes say so."""
+    count = torch.tensor(int(true))
+    dist.all_reduce(count)
+    return int(count)
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """The element-wise sum over the data-parallel ranks, exact for counts below 2**53."""
     totals = torch.tensor(values, dtype=torch.float64)
