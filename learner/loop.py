@@ -22,6 +22,7 @@ from learner.feed import Feeder
 from learner.gate import check
 from learner.prefetch import Prefetch
 from learner.record import RunRecord
+from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 
@@ -45,7 +46,7 @@ class Loop:
         self,
         trainer: Leader,
         session: Session,
-        offers: Offers,
+        offers: Offers | Lanes,
         record: RunRecord,
         feeder: Feeder,
         checkpoints: Checkpoints | None,
