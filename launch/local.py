@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from buffer.client import Stream
 from buffer.connect import connect
 from buffer.errors import NoRun, RedisUnavailable, StreamError
@@ -92,6 +94,8 @@ def follow(
     """Shows progress and tends the actors of `fleet` until the learner's rank 0 ends; the last snapshot, None
     if there never was a run.
 
+    Actors that have left since are in it as they were seen last.
+
     Raises `LaunchError` if a rank of the learner, or every actor, fails.
     """
     progress, ledger, told, learner = Progress(), None, False, ranks[0]
@@ -113,7 +117,10 @@ def follow(
         time.sleep(_LOOK_S)
     progress.close()
     _check_ranks(ranks)
-    return _look(stream) or ledger
+    final = _look(stream)
+    if final is None or ledger is None:
+        return final or ledger
+    return msgspec.structs.replace(final, actors={**ledger.actors, **final.actors})
 
 
 def _check_ranks(ranks: Sequence[Child]) -> None:

@@ -14,6 +14,10 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
+Recompute = Literal["none", "selective", "full"]
+"""What a backward pass computes again, see `ModelConfig.recompute`."""
+
+
 class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Which model is trained and how its sequences are packed."""
 
@@ -21,6 +25,12 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Hugging Face checkpoint folder: config.json, safetensors and tokenizer files."""
     micro_batch_tokens: Count = 2048
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations; the optimizer's copy, routers and decays are fp32 in any case."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: `selective` the inside of attention, MLPs
+    and experts, `full` whole layers, of which then only the inputs are kept. Same gradients, less memory,
+    more time."""
     logits_chunk: Count = 1024
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""

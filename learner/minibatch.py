@@ -31,6 +31,13 @@ class Packed:
     reference: torch.Tensor | None = None
     """[N] log-probability under the reference model; None without one."""
 
+    def to(self, device: torch.device) -> Packed:
+        """The same with its tensors on `device`."""
+        proximal, reference = (
+            None if values is None else values.to(device) for values in (self.proximal, self.reference)
+        )
+        return Packed(self.batch.to(device), proximal, reference)
+
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:

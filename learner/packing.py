@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """S packed sequences of T fed tokens with N targets, in tensors on the CPU.
+    """S packed sequences of T fed tokens with N targets, in tensors that `pack` leaves on the CPU.
 
     An empty one has a sequence of padding that belongs to no row, and N = 0: a rank with nothing left to
     train feeds it so that the collectives of the others meet.
@@ -88,6 +88,17 @@ class MicroBatch:
     """int64 [N]: staleness of each target."""
     temperature: torch.Tensor
     """float32 [N]: sampling temperature of each target."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`; itself where they are there."""
+        if self.tokens.device == device:
+            return self
+        tensors = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def rows_of_groups(groups: Sequence[Group], advantages: Sequence[np.ndarray], step: int) -> list[Row]:

@@ -26,6 +26,8 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
+from learner.checkpoint.folder import State
+from learner.checkpoint.saver import Saver
 from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
@@ -38,7 +40,7 @@ from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split,
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, score, target_logprobs
 from learner.model.hf_config import read_shape
-from learner.model.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
 from learner.model.world import (
     count_ranks,
     max_over_ranks,
@@ -63,6 +65,8 @@ class Snapshot:
 
     weights: list[torch.Tensor]
     """Copies of the parameters, in the model's order."""
+    exact: list[torch.Tensor]
+    """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: dict[str, Any]
     """A copy of the optimizer's moments and counters, by parameter number."""
     version: int
@@ -100,24 +104,23 @@ class Trainer:
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape)
+        self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
         self._fit = partial(
             pack,
             budget=model.micro_batch_tokens,
             context=parallel_state.get_context_parallel_world_size(),
             tensor=parallel_state.get_tensor_model_parallel_world_size(),
         )
-        data, stages = (
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
-        self._cost = cost_of(self._shape) if data * stages > 1 else None  # they wait for one another
+        copies = parallel_state.get_data_parallel_world_size()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._cost = cost_of(self._shape) if copies * stages > 1 else None  # they wait for one another
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
             self._reference = Reference(self._model)
         load_hf(self._model, self._shape, folder)
         self._parallel = data_parallel(self._model)
+        self._device = next(self._model.parameters()).device
         self._optimizer = build_optimizer(self._parallel, optimizer)
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -203,6 +206,11 @@ class Trainer:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
         return optimizer_steps(self._optimizer)
 
+    def save_checkpoint(self, saver: Saver, state: State) -> None:
+        """Begins to save what the trainer is now; the saver knows when it is complete."""
+        saver.begin(state, self.parts())
+        self.before_update = saver.copied
+
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
 
@@ -226,13 +234,15 @@ class Trainer:
             key: {name: value.clone() for name, value in state.items()} for key, state in inner.items()
         }
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, moments, self.version)
+        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
+            for own, weights in zip(self._exact(), snapshot.exact, strict=True):
+                own.copy_(weights)
         inner = self._optimizer.optimizer
         moments = {
             key: {name: value.clone() for name, value in state.items()}
@@ -240,6 +250,12 @@ class Trainer:
         }
         inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
         self.version = snapshot.version
+
+    def _exact(self) -> list[torch.Tensor]:
+        """The weights that the optimizer keeps beside the model's."""
+        models = {id(parameter) for parameter in self._model.parameters()}
+        own = (value for group in self._optimizer.param_groups for value in group["params"])
+        return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
         self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
@@ -289,7 +305,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return target_logprobs(self._parallel, batch, self._chunk)[0]
+        return target_logprobs(self._parallel, batch, self._chunk)[0].cpu()
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
@@ -306,7 +322,8 @@ class Trainer:
         return norm
 
     def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
-        batch, config = packed.batch, self._objective
+        packed, config = packed.to(self._device), self._objective
+        batch = packed.batch
         logprobs, entropy = target_logprobs(
             self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )
@@ -324,7 +341,10 @@ class Trainer:
 
     def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
         """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
-        (count,) = max_over_ranks([float(len(self._fit(rows)))])
+        batches = self._fit(rows)
+        if self._cost is None:
+            return batches
+        (count,) = max_over_ranks([float(len(batches))])
         return self._fit(rows, count=int(count), cost=self._cost)
 
     def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
@@ -343,7 +363,4 @@ class Trainer:
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
-        norm = clip_gradients(self._parallel, self._schedule.clip_grad)
-        if math.isfinite(norm):
-            update(self._optimizer, lr)
-        return norm
+        return clipped_update(self._parallel, self._optimizer, lr, self._schedule.clip_grad)

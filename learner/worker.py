@@ -168,8 +168,8 @@ class Learner:
 
     def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
         config, folder = self._settings.checkpoint, self._folder / "checkpoints"
-        ranks = self._ranks.size if self._ranks is not None else 1
-        return Checkpoints(session, config, folder, saved, ranks=ranks) if config.every else None
+        assert self._ranks is not None
+        return Checkpoints(session, config, folder, saved, self._ranks.size) if config.every else None
 
     def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
         """Adds to `report.json`, which a run that is cut off goes on with."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from learner.model.attention import PackedSequences
 from learner.model.output import logits_of, logprobs_of
@@ -50,7 +51,7 @@ def score(
         logprobs, _ = target_logprobs(model, batch, chunk)
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
-            scores[index] = part.numpy()
+            scores[index] = part.cpu().numpy()
     return scores
 
 
@@ -88,7 +89,7 @@ def generate(
 def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
     batches = pack(rows)
-    logits = torch.cat([target_logits(model, batch) for batch in batches])
+    logits = torch.cat([target_logits(model, batch).float().cpu() for batch in batches])
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
 
@@ -102,14 +103,24 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
 
 def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
     """`output` of the model's last hidden states; only the predictors' pass the output layer."""
+    batch = batch.to(next(model.parameters()).device)
     return model(
         input_ids=batch.tokens[None],
         position_ids=batch.positions[None],
         attention_mask=None,
-        packed_seq_params=PackedSequences.of(batch.cu_seqlens_padded),
+        packed_seq_params=_boundaries(batch),
         output_processor=partial(_processor, output),
         output_processor_context=batch,
     )
+
+
+def _boundaries(batch: MicroBatch) -> PackedSeqParams:
+    """What the attention of the batch's device wants to know of its sequences."""
+    if not batch.tokens.is_cuda:
+        return PackedSequences.of(batch.cu_seqlens_padded)
+    from learner.model.gpu import boundaries  # needs Transformer Engine
+
+    return boundaries(batch)
 
 
 def _processor(

@@ -50,11 +50,11 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     """Tokens of an answer, generated in two parts; weights may change between them."""
     vocabulary: int = 1000
     """Token ids are below this."""
-    state: str = "running"
-    """What its heartbeats say; to one that is `starting` no learner brings weights."""
     by_number: bool = False
     """Whether answers depend on the version's number instead of its digest, so that learners whose weights
     differ in their last bits are told the same."""
+    state: str = "running"
+    """What its heartbeats say; to one that is `starting` no learner brings weights."""
     patience_s: float = 90.0
     schema: int = SCHEMA_VERSION
     poison: int = -1
