@@ -20,7 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class Save(msgspec.Struct, tag=True, frozen=True):
 
     folder: str
     """Of all checkpoints."""
-    state: State
+    name: str
 
 
 class GoOn(msgspec.Struct, tag=True, frozen=True):
@@ -158,7 +158,7 @@ class Ranks:
         if self.size > 1:
             assert self.store is not None
             with self._saying:
-                self.store.set(f"order/{self._said}", msgspec.json.encode(order))
+                self.store.set(f"order/{self._said}", msgspec.msgpack.encode(order))
                 self._said += 1
 
     def hear(self) -> Order:
@@ -174,7 +174,7 @@ class Ranks:
                 continue
             except dist.DistNetworkError as error:
                 raise LearnerError(f"rank {self.rank}: rank 0 is gone: {error}") from error
-        order = msgspec.json.decode(self.store.get(key), type=Order)
+        order = msgspec.msgpack.decode(self.store.get(key), type=Order)
         if self.store.add(f"heard/{key}", 1) == self.size - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"heard/{key}")
@@ -276,10 +276,11 @@ class Leader(Trainer):
         self._ranks.say(Generate(listed, max_new_tokens, eos_id, temperature, seed))
         return super().generate(prompts, max_new_tokens, eos_id, temperature, seed)
 
-    def save_checkpoint(self, saver: Saver, state: State) -> None:
-        """As `Trainer.save_checkpoint`; every rank writes its share."""
-        self._ranks.say(Save(str(saver.folder), state))
-        super().save_checkpoint(saver, state)
+    def begin_checkpoint(self, saver: Saver, folder: Path, state: State) -> None:
+        """Has every rank begin to save its pieces, rank 0 by `saver`."""
+        self._ranks.say(Save(str(folder), state.name))
+        saver.begin(state.name, self.parts(), state)
+        self.before_update = saver.copied
 
     def load_checkpoint(self, folder: Path) -> None:
         """As `Trainer.load_checkpoint`."""
@@ -304,14 +305,16 @@ class Follower:
         self._ranks, self._stream, self._load = ranks, stream, load
         self._groups: list[Group] = []
         self._saver: Saver | None = None
-        self._open = ExitStack()
 
     def follow(self) -> None:
         """Returns when dismissed. Raises `LearnerError` when rank 0 is gone."""
-        with self._open:
-            self._obey(self._open.enter_context(ThreadPoolExecutor(1)))
+        with ThreadPoolExecutor(1) as background:
+            self._follow(background)
+        if self._saver is not None:
+            self._saver.wait()  # rank 0 waits for what this rank writes
+            self._saver.close()
 
-    def _obey(self, background: ThreadPoolExecutor) -> None:
+    def _follow(self, background: ThreadPoolExecutor) -> None:
         trainer = kept = fetched = None
         while not isinstance(order := self._ranks.hear(), End):
             match order:
@@ -323,8 +326,8 @@ class Follower:
                     self._groups, _ = agree(fetched.result())
                 case Train(step):
                     trainer.train_step(self._groups, step)
-                case Save(folder, state):
-                    self._save(trainer, Path(folder), state)
+                case Save(folder, name):
+                    self._save(Path(folder), name, trainer)
                 case GoOn(folder):
                     with suppress(CheckpointError):  # rank 0 says why, and what next
                         trainer.load_checkpoint(Path(folder))
@@ -341,15 +344,12 @@ class Follower:
                 case GoBack():
                     trainer.restore(kept)
 
-    def _save(self, trainer: Trainer, folder: Path, state: State) -> None:
-        """Rank 0 has begun another, so it knows what became of the last one."""
+    def _save(self, folder: Path, name: str, trainer: Trainer) -> None:
         if self._saver is None:
-            saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
-            self._saver = self._open.enter_context(saver)
-        written = self._saver.wait()
-        if written is not None and written.error:
-            log.error("checkpoint %s: this rank's share failed: %s", written.state.name, written.error)
-        trainer.save_checkpoint(self._saver, state)
+            self._saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
+        self._saver.wait()  # rank 0's is complete, so this is soon
+        self._saver.begin(name, trainer.parts())
+        trainer.before_update = self._saver.copied
 
 
 def _share(samples: Sequence[tuple[list[int], list[int]]]) -> Sequence[tuple[list[int], list[int]]]:

@@ -26,8 +26,6 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
-from learner.checkpoint.folder import State
-from learner.checkpoint.saver import Saver
 from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
@@ -205,11 +203,6 @@ class Trainer:
     def optimizer_steps(self) -> int:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
         return optimizer_steps(self._optimizer)
-
-    def save_checkpoint(self, saver: Saver, state: State) -> None:
-        """Begins to save what the trainer is now; the saver knows when it is complete."""
-        saver.begin(state, self.parts())
-        self.before_update = saver.copied
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.

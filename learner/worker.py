@@ -168,8 +168,8 @@ class Learner:
 
     def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
         config, folder = self._settings.checkpoint, self._folder / "checkpoints"
-        assert self._ranks is not None
-        return Checkpoints(session, config, folder, saved, self._ranks.size) if config.every else None
+        ranks = self._ranks.size if self._ranks is not None else 1
+        return Checkpoints(session, config, folder, saved, ranks=ranks) if config.every else None
 
     def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
         """Adds to `report.json`, which a run that is cut off goes on with."""
@@ -252,7 +252,7 @@ def follow(settings: Settings, url: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # rank 0 ends after its step, and then dismisses the others
     stream = Stream.connect(url, settings.name, shards=settings.stream.shards)
 
-    def load(folder: Path) -> Leader:
+    def load(folder: Path) -> Trainer:
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
     Follower(Ranks.meet(), stream, load).follow()

@@ -34,7 +34,7 @@ class Saver:
     """Writes the checkpoints of one rank, one at a time.
 
     with Saver(folder, rank=0, ranks=1) as saver:
-        saver.begin(state, parts)
+        saver.begin(state.name, parts, state)
         saver.copied()                # before a part changes
         saver.finished()              # None, until it is a `Written`: complete, or why not
     """
@@ -43,8 +43,7 @@ class Saver:
         self, folder: Path, *, rank: int = 0, ranks: int = 1, module: str = "learner.checkpoint.writer"
     ) -> None:
         """`folder` is one all ranks see; `module` is what the process runs."""
-        self.folder = folder
-        self._rank, self._ranks, self._module = rank, ranks, module
+        self._folder, self._rank, self._ranks, self._module = folder, rank, ranks, module
         self._snapshot = Snapshot()
         self._process: subprocess.Popen[bytes] | None = None
         self._job: Job | None = None
@@ -58,15 +57,13 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._job is not None
 
-    def begin(self, state: State, parts: Sequence[Part]) -> None:
-        """Starts to save these parts, which must not change before `copied`. Every rank does so.
-
-        To be called from the main thread: the process dies with the thread that started it.
-        """
+    def begin(self, name: str, parts: Sequence[Part], state: State | None = None) -> None:
+        """Starts to save these parts, which must not change before `copied`. Every rank does so; rank 0 gives
+        the state. To be called from the main thread: the process dies with the thread that started it."""
         if self.busy:
-            raise CheckpointError(f"checkpoint {state.name}: another is being written; wait for it")
+            raise CheckpointError(f"checkpoint {name}: another is being written; wait for it")
         random = torch.get_rng_state().numpy().tobytes()
-        self._job = Job(str(self.folder), state, self._rank, self._ranks, [], random)
+        self._job = Job(str(self._folder), name, state, self._rank, self._ranks, [], random)
         process = self._started()
         self._copying = threading.Thread(
             target=self._copy, args=(self._job, parts, process), name="checkpoint", daemon=True
@@ -101,13 +98,13 @@ class Saver:
         if not self._failed and not select.select([self._process.stdout], [], [], 0)[0]:
             return None
         line = b"" if self._failed else self._process.stdout.readline()
-        job, self._job = self._job, None
+        self._job = None
         if line:
             return msgspec.json.decode(line, type=Written)
         code = self._end()
         self.copied()  # which says why it could not, if it could not
         error, self._failed = self._failed or f"the process that writes it ended with {code}", ""
-        return Written(job.state, error, 0.0)
+        return Written(error, 0.0)
 
     def wait(self) -> Written | None:
         """As `finished`, once there is nothing to wait for any more."""

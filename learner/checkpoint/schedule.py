@@ -38,7 +38,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, session: Session, config: CheckpointConfig, folder: Path, saved: int, ranks: int = 1
+        self, session: Session, config: CheckpointConfig, folder: Path, saved: int, *, ranks: int = 1
     ) -> None:
         """`saved`: version of the checkpoint that the run goes on from, 0 for a new run; `ranks`: processes
         that train, each of which writes its own share."""
@@ -46,6 +46,7 @@ class Checkpoints:
         from learner.checkpoint.saver import Saver  # brings torch
 
         self._saver = Saver(folder, ranks=ranks)
+        self._state: State | None = None
         self._due, self._failed = False, -_AGAIN_S
         self._saved = self._stands = saved
         """The newest version that was begun, and the newest that is complete."""
@@ -97,13 +98,14 @@ class Checkpoints:
             memory=msgspec.Raw(session.memory()),
             optimizer_steps=trainer.optimizer_steps(),
         )
-        trainer.save_checkpoint(self._saver, state)
-        self._saved, self._due = trainer.version, False
+        trainer.begin_checkpoint(self._saver, self._folder, state)
+        self._state, self._saved, self._due = state, trainer.version, False
 
     def _conclude(self, written: Written | None) -> None:
         if written is None:
             return
-        state = written.state
+        state = self._state
+        assert state is not None
         if written.error:
             self._saved, self._failed = self._stands, time.monotonic()
             log.error(

@@ -19,6 +19,14 @@ def join_world(store: dist.Store | None = None, rank: int = 0, size: int = 1) ->
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
 
 
+def _backend(rank: int) -> str:
+    """gloo, and beside it NCCL for what lies on this rank's GPU."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    return "cpu:gloo,cuda:nccl"
+
+
 def rank() -> int:
     """Number of this process among all, whatever they share."""
     return dist.get_rank()
@@ -29,14 +37,6 @@ def count_ranks(true: bool) -> int:
     count = torch.tensor(int(true))
     dist.all_reduce(count)
     return int(count)
-
-
-def _backend(rank: int) -> str:
-    """gloo, and beside it NCCL for what lies on this rank's GPU."""
-    if not torch.cuda.is_available():
-        return "gloo"
-    torch.cuda.set_device(rank % torch.cuda.device_count())
-    return "cpu:gloo,cuda:nccl"
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
