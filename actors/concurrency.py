@@ -85,7 +85,7 @@ def next_limit(limit: int, load: Load, config: AdaptiveConfig, *, short: bool, g
     6
     """
     if load.waiting > group_size or load.usage > config.usage_max:
-        return max(config.least, min(limit - 1, int(limit * config.factor)))
+        return max(config.least, int(limit * config.factor))
     return min(config.most, limit + config.add) if short else limit
 
 
