@@ -3,21 +3,23 @@
 #   make test       set up, then all checks and tests
 #   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
+#   make test-gpu   the GPU kernels, on a host that has them: docs/gpu.md (GPU_PYTHON=python3)
 #   make nightly    the replay stream's state machine, at length
-#   make bench      the benchmarks of the replay stream                 (about 10 minutes on an idle machine)
+#   make bench      the benchmarks of the replay stream and of packing  (about 12 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
 
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU_PYTHON ?= python3
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TORCH_INDEX ?=
 # Real text for tests, if it lies beside the checkout.
 export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup demo test check faults nightly accept rehearse bench clean
+.PHONY: setup demo test test-gpu check faults nightly accept rehearse bench clean
 
 setup: $(READY)
 
@@ -40,6 +42,10 @@ check: $(READY)
 test: check
 	$(VENV)/bin/python -m pytest -m "not accept and not faults" $(ARGS)
 
+# On a GPU host, with its own Python: the environment above is a CPU's.
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -s tests/gpu $(ARGS)
+
 faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(ARGS)
 
@@ -58,6 +64,7 @@ bench: $(VENV)/bench/.ready
 	PYTHONPATH=$(VENV)/bench $(VENV)/bin/python -m benchmarks.queue --json
 	$(VENV)/bin/python -m benchmarks.admission --json
 	$(VENV)/bin/python -m benchmarks.late_policies --plot docs/late_policies.png --json
+	$(VENV)/bin/python -m benchmarks.packing --json
 
 rehearse:
 	.ci/rehearse

@@ -54,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     actors.add_argument("--run", help="name of the run (default: the only one)")
     _redis_option(actors)
 
+    scale = _command(subparsers, "scale", commands.scale, "run more or fewer actors while it trains")
+    scale.add_argument("what", choices=("actors",))
+    scale.add_argument("count", type=int, metavar="N", help="how many actors all launchers run together")
+    scale.add_argument("--run", help="name of the run (default: the only one)")
+    _redis_option(scale)
+
     redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
     redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
     redis.add_argument("--folder", type=Path, default=Path("runs/redis"), help="where it keeps its data")

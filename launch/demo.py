@@ -18,15 +18,8 @@ from buffer.local_server import LocalServer, url_file
 from launch.arithmetic import write_arithmetic
 from launch.config import RunConfig
 from launch.errors import LaunchError
-from launch.local import (
-    Interrupt,
-    actor_names,
-    follow,
-    run_folder,
-    start_actor,
-    start_learner,
-    start_recorder,
-)
+from launch.fleet import Fleet
+from launch.local import Interrupt, follow, run_folder, start_learner, start_recorder
 from launch.nodes import Nodes
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
@@ -82,12 +75,9 @@ def run_demo(
         stream = Stream.connect(server.socket_url, config.name)
         recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
         learner = start_learner(children, config, server.socket_url, folder, Nodes())
-        names = actor_names(stream.redis, config.name, actors)
-        workers = [
-            start_actor(children, config.name, name, server.socket_url, folder / "logs") for name in names
-        ]
-        ledger = follow(stream, learner, workers, interrupt)
-        children.stop(workers)
+        fleet = Fleet(children, stream, server.socket_url, folder / "logs", actors)
+        ledger = follow(stream, learner, fleet, interrupt)
+        fleet.stop()
         if recorder is not None:
             recorder.process.wait(_RECORD_S)
             print(recorder.last_words(), file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
     sources = _tensors(model)
     tensors = {}
     for rule in rules(shape):
-        split = rule.split(sources[rule.mcore].detach())
+        split = rule.split(sources[rule.mcore].detach().to("cpu", torch.float32))
         for part, tensor in zip(rule.parts, split, strict=True):
             tensors[part.name] = torch.empty(part.shape).copy_(tensor)
     return tensors
@@ -106,9 +107,18 @@ def copy_files(source: Path, folder: Path) -> None:
 
 
 def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers of `model` by name; writing to them writes to the model."""
+    """Parameters and saved buffers of `model` by the names of rules; writing to them writes to the model."""
     state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {
+        rule_name(name): value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")  # FP8 scales
+    }
+
+
+def rule_name(name: str) -> str:
+    """What a rule calls a parameter: Transformer Engine numbers the weights of grouped experts instead."""
+    return re.sub(r"\.experts\.(\w+)\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 
 
 def check_coverage(source: HfFolder, shape: Shape) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from learner.convert.hybrid import hybrid_rules
 from learner.convert.layouts import delta_net_input, query_key_value
 from learner.convert.rule import Part, Rule
 from learner.model.shape import LatentAttention, Layer, Shape
@@ -15,6 +16,9 @@ from learner.model.shape import LatentAttention, Layer, Shape
 
 def rules(shape: Shape) -> Iterator[Rule]:
     """Every tensor of the trained model exactly once, in the order of export."""
+    if shape.hybrid is not None:
+        yield from hybrid_rules(shape)
+        return
     width = shape.hidden_size
     vocabulary = (shape.vocab_size, width)
     yield _rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", *vocabulary)

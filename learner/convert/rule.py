@@ -48,6 +48,8 @@ class Rule:
     down to 2**-16; in bf16 it is not, so weights are shifted, exported and digested in fp32."""
     sections: tuple[tuple[str, int], ...] = ()
     """Names and rows of the pieces in which a distributed checkpoint stores it; empty: whole."""
+    stored: str = ""
+    """Name in a distributed checkpoint; empty: that of the parameter."""
     expert: int | None = None
     """Number of the expert it belongs to; a distributed checkpoint stacks experts."""
 
@@ -65,9 +67,10 @@ class Rule:
         """
         if self.expert is not None:
             return {self.mcore.replace(f"local_experts.{self.expert}.", "experts."): self.shape}
+        name = self.stored or self.mcore
         if not self.sections:
-            return {self.mcore: self.shape}
-        return {f"{self.mcore}.{name}": (rows, *self.shape[1:]) for name, rows in self.sections}
+            return {name: self.shape}
+        return {f"{name}.{section}": (rows, *self.shape[1:]) for section, rows in self.sections}
 
     def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The Megatron-Core tensor from the Hugging Face ones, given in the order of `parts`."""

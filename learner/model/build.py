@@ -3,61 +3,101 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from learner.config import Recompute
+from learner.errors import ModelError
 from learner.model.cpu import stand_in_for_cuda
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
 from learner.model.world import join_world
 
+if TYPE_CHECKING:
+    from learner.model.hybrid import PackedHybrid
 
-def transformer_config(shape: Shape) -> TransformerConfig:
-    """Megatron-Core's description of `shape`: fp32, no dropout, no fusion that needs CUDA."""
+CPU_FIELDS = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+}
+"""Fields of Megatron-Core's configuration without a GPU; with one: `learner.model.gpu.config_fields`."""
+
+
+def transformer_config(
+    shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+) -> TransformerConfig:
+    """Megatron-Core's description of `shape`: parameters of `dtype`, no dropout."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
     if shape.delta_net is not None:
         fields |= _delta_net(shape.delta_net, shape)
     if shape.experts is not None:
         fields |= _experts(shape.experts, shape)
+    fields |= _gpu().config_fields(latent) if torch.cuda.is_available() else CPU_FIELDS
     return (MLATransformerConfig if latent else TransformerConfig)(
-        num_layers=len(shape.layers),
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.dense_width,
-        num_attention_heads=shape.attention.heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        layernorm_zero_centered_gamma=shape.zero_centred,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=torch.float32,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        perform_initialization=False,  # a checkpoint is always loaded
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        cuda_graph_modules=[],  # its default warns of being deprecated
-        calculate_per_token_loss=True,  # gradients are summed over ranks: denominators are global
-        **fields,
+        **_common(shape, dtype) | _recompute(shape, recompute) | fields
     )
 
 
-def build_model(shape: Shape) -> GPTModel:
-    """The model with uninitialised weights, on the CPU, in a world that is joined if it was not."""
+def _common(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """What holds for every family, unless it says otherwise."""
+    return {
+        "num_layers": len(shape.layers),
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.dense_width,
+        "num_attention_heads": shape.attention.heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "layernorm_zero_centered_gamma": shape.zero_centred,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,  # a checkpoint is always loaded
+        "cuda_graph_modules": [],  # its default warns of being deprecated
+        "calculate_per_token_loss": True,  # gradients are summed over ranks: denominators are global
+    }
+
+
+def build_model(
+    shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+) -> GPTModel | PackedHybrid:
+    """The model with uninitialised weights, on the GPU if there is one, in a world joined if it was not.
+
+    Its parameters are of `dtype`, but see `keep_gates`. Raises `ModelError` where a part is missing.
+    """
+    if shape.hybrid is not None and not torch.cuda.is_available():
+        raise ModelError(
+            f"model_type {shape.family}: got a host without a GPU, expected one with mamba-ssm and "
+            "causal-conv1d; the kernels of its Mamba-2 layers run nowhere else"
+        )
     if not torch.cuda.is_available():
         stand_in_for_cuda()
     join_world()
+    if torch.cuda.is_available():
+        _gpu().prepare()
+    build = _gpt if shape.hybrid is None else _hybrid
+    model = build(shape, dtype, recompute)
+    keep_gates(model)
+    return model
+
+
+def _gpt(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> GPTModel:
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    config = transformer_config(shape)
+    config = transformer_config(shape, dtype, recompute)
     latent = isinstance(shape.attention, LatentAttention)
     return GPTModel(
         config=config,
@@ -72,10 +112,53 @@ def build_model(shape: Shape) -> GPTModel:
     )
 
 
+def _hybrid(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> PackedHybrid:
+    from learner.model.hybrid import build_hybrid  # needs Transformer Engine
+
+    return build_hybrid(shape, _common(shape, dtype) | _recompute(shape, recompute))
+
+
+def _recompute(shape: Shape, recompute: Recompute) -> dict[str, Any]:
+    """What the backward pass computes again, in Megatron-Core's terms."""
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = ["mlp"]
+    if not torch.cuda.is_available():  # a GPU's attention kernel does so by itself
+        modules.append("core_attn")
+    if shape.experts is not None:
+        modules.append("moe")
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def keep_gates(model: torch.nn.Module) -> None:
+    """Put back into fp32 what decides by small differences: routers, and the decay of recurrent layers."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("router.weight", "A_log", "dt_bias")):
+            parameter.data = parameter.data.float()
+
+
 def data_parallel(model: GPTModel) -> DistributedDataParallel:
     """Megatron-Core's data parallelism around `model`: contiguous gradient buffers, summed over ranks."""
-    config = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
+    config = DistributedDataParallelConfig(
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=torch.cuda.is_available(),  # its gradients must be CUDA tensors
+        grad_reduce_in_fp32=True,
+    )
     return DistributedDataParallel(model.config, config, model)
+
+
+def _gpu() -> ModuleType:
+    """What a GPU changes."""
+    if not HAVE_TE:
+        raise ModelError(
+            "got a GPU without Transformer Engine, expected both; install the extra [gpu] (docs/gpu.md), "
+            "or hide the GPU: CUDA_VISIBLE_DEVICES=''"
+        )
+    from learner.model import gpu
+
+    return gpu
 
 
 def _attention(shape: Shape) -> dict[str, Any]:

@@ -6,12 +6,23 @@ any other is refused by name (`learner/model/hf_config.py`).
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import msgspec
 
 from learner.errors import ConfigError
-from learner.model.shape import Attention, DeltaNet, Experts, LatentAttention, Layer, Shape, Yarn
+from learner.model.shape import (
+    Attention,
+    DeltaNet,
+    Experts,
+    Hybrid,
+    LatentAttention,
+    Layer,
+    Mamba,
+    Shape,
+    Yarn,
+)
 
 
 class Family(msgspec.Struct, kw_only=True, frozen=True):
@@ -249,6 +260,87 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
         return self.yarn
 
 
+class NemotronH(Family, kw_only=True, frozen=True):
+    """Nemotron-H: Mamba-2, attention and MLP layers in any order."""
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "layer_norm_epsilon": 1e-5,  # of all norms, because the one inside a Mamba-2 layer has no other
+        "mamba_hidden_act": "silu",
+        "mamba_proj_bias": False,
+        "mlp_bias": False,
+        "mlp_hidden_act": "relu2",
+        "num_nextn_predict_layers": 0,
+        "quantization_config": None,
+        "residual_in_fp32": False,
+        "sliding_window": None,
+        "use_bias": False,
+        "use_conv_bias": True,
+    }
+    # The fields of experts are there without any, those of time steps matter to initial values only.
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "auto_map", "expand", "mamba_ssm_cache_dtype", "moe_intermediate_size", "moe_latent_size",
+            "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "mtp_layers_block_type",
+            "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
+            "num_logits_to_keep", "rescale_prenorm_residual", "routed_scaling_factor", "time_step_floor",
+            "time_step_max", "time_step_min", "topk_group", "use_mamba_kernels",
+        }
+    )  # fmt: skip
+
+    num_hidden_layers: int = 0
+    """Not read: the list of layers says it."""
+    rms_norm_eps: float = 1e-5
+    layers_block_type: list[str] | None = None
+    hybrid_override_pattern: str | None = None
+    """The list of layers as older checkpoints write it."""
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    conv_kernel: int
+    chunk_size: int
+    time_step_limit: Any = None
+    """Bounds of the step width; built is none."""
+
+    def shape(self) -> Shape:
+        """One part a layer. Raises `ConfigError` for layers of experts."""
+        unbounded = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
+        self._expect("time_step_limit", self.time_step_limit, *unbounded)
+        mamba = Mamba(
+            self.mamba_num_heads,
+            self.mamba_head_dim,
+            self.n_groups,
+            self.ssm_state_size,
+            self.conv_kernel,
+            self.chunk_size,
+        )
+        return self._shape(
+            attention=Attention(
+                self.num_attention_heads, self.num_key_value_heads, self.head_dim, rotary=0.0
+            ),
+            layers=(),
+            hybrid=Hybrid(self._pattern(), mamba),
+        )
+
+    def _pattern(self) -> str:
+        if self.layers_block_type is None:
+            pattern = self.hybrid_override_pattern or ""
+            for letter in pattern:
+                self._expect("hybrid_override_pattern", letter, "M", "*", "-")
+        else:
+            letters = {"mamba": "M", "attention": "*", "mlp": "-"}
+            for kind in self.layers_block_type:
+                self._expect("layers_block_type", kind, *letters)
+            pattern = "".join(letters[kind] for kind in self.layers_block_type)
+        if not pattern:
+            raise ConfigError("layers_block_type: missing, expected a list of mamba, attention and mlp")
+        return pattern
+
+
 def _check_choice(chosen: int, count: int) -> None:
     if not 2 <= chosen <= count:
         raise ConfigError(f"num_experts_per_tok: got {chosen}, expected 2 to {count} (the number of experts)")
@@ -259,5 +351,6 @@ FAMILIES: dict[str, tuple[str, type[Family]]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", Qwen3Moe),
     "qwen3_next": ("Qwen3NextForCausalLM", Qwen3Next),
     "deepseek_v3": ("DeepseekV3ForCausalLM", DeepseekV3),
+    "nemotron_h": ("NemotronHForCausalLM", NemotronH),
 }
 """Of each `model_type` its one architecture and its fields."""

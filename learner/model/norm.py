@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+LATENT_NORM_EPS = 1e-6
+"""Epsilon of the norms inside latent attention, whatever config.json says of the others (transformers'
+`DeepseekV3Attention` leaves them at their default)."""
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * w over the last dimension, or * (1 + w) where the config says zero-centred."""

@@ -102,6 +102,33 @@ class Experts(msgspec.Struct, frozen=True):
     """Whether that expert's output is multiplied by the sigmoid of a gate."""
 
 
+class Mamba(msgspec.Struct, frozen=True):
+    """Mamba-2: a linear recurrence whose decay and input depend on the token, and a short convolution."""
+
+    heads: int
+    """Heads of the state."""
+    head_dim: int
+    """Width of one head."""
+    groups: int
+    """Groups of heads that share their input and output projections; divides the heads."""
+    state: int
+    """Numbers a channel remembers."""
+    kernel: int
+    """Taps of the causal convolution."""
+    chunk: int
+    """Tokens that the kernels take at a time."""
+
+
+class Hybrid(msgspec.Struct, frozen=True):
+    """A stack of layers that have one part each, instead of attention and MLP in every layer."""
+
+    pattern: str
+    """From the embedding up, in Megatron-Core's letters: M Mamba-2, * attention without rotation or norms
+    of queries and keys, - an MLP with squared ReLU and no gate."""
+    mamba: Mamba
+    """Its Mamba-2 layers."""
+
+
 class Layer(msgspec.Struct, frozen=True):
     """What stands in one layer."""
 
@@ -123,7 +150,7 @@ class Shape(msgspec.Struct, frozen=True):
     dense_width: int
     """Inner width of a dense MLP."""
     layers: tuple[Layer, ...]
-    """From the embedding up."""
+    """From the embedding up; none where `hybrid` says what they are."""
     attention: Attention | LatentAttention
     """Softmax attention of the layers that have it."""
     norm_eps: float
@@ -140,5 +167,7 @@ class Shape(msgspec.Struct, frozen=True):
     """Experts of the layers that have them."""
     mtp_layers: int = 0
     """Layers of multi-token prediction that a checkpoint may have beside the trained ones."""
+    hybrid: Hybrid | None = None
+    """Layers of one part each."""
     zero_centred: bool = False
     """Whether norms multiply by 1 + weight."""

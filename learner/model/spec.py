@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_gated_delta_net_module_spec,
 )
@@ -18,12 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from learner.model.attention import PackedAttention
-from learner.model.norm import NormColumnParallelLinear, RMSNorm
+from learner.model.norm import LATENT_NORM_EPS, NormColumnParallelLinear, RMSNorm
 from learner.model.shape import LatentAttention, Layer, Shape
-
-LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms inside latent attention, whatever config.json says of the others (transformers'
-`DeepseekV3Attention` leaves them at their default)."""
 
 
 class CpuBackend(LocalSpecProvider):
@@ -45,17 +41,33 @@ class CpuBackend(LocalSpecProvider):
         """Softmax attention over packed sequences."""
         return PackedAttention
 
+    def latent_norm_linear(self) -> ModuleSpec:
+        """The norm and linear layer that lead out of latent attention's bottleneck."""
+        return ModuleSpec(NormColumnParallelLinear, params={"eps": LATENT_NORM_EPS})
+
+    def down_linear(self) -> type:
+        """The linear layer that leads into it."""
+        return self.column_parallel_linear()
+
+
+def _backend(config: TransformerConfig) -> BackendSpecProvider:
+    if config.transformer_impl == "local":
+        return CpuBackend()
+    from learner.model.gpu import GpuBackend  # needs Transformer Engine
+
+    return GpuBackend()
+
 
 def block_spec(shape: Shape, config: TransformerConfig) -> TransformerBlockSubmodules:
     """The modules of all layers and of the norm behind them."""
-    backend = CpuBackend()
+    backend = _backend(config)
     return TransformerBlockSubmodules(
         layer_specs=[_layer(shape, layer, config, backend) for layer in shape.layers],
         layer_norm=backend.layer_norm(),
     )
 
 
-def _layer(shape: Shape, layer: Layer, config: TransformerConfig, backend: CpuBackend) -> ModuleSpec:
+def _layer(shape: Shape, layer: Layer, config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
     latent = isinstance(shape.attention, LatentAttention)
     if layer.delta_net:
         mixer = get_gated_delta_net_module_spec(config, backend)
@@ -70,13 +82,15 @@ def _layer(shape: Shape, layer: Layer, config: TransformerConfig, backend: CpuBa
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm() if layer.experts else IdentityOp,
-            mlp=get_mlp_module_spec_for_backend(backend, num_experts=experts),
+            mlp=get_mlp_module_spec_for_backend(
+                backend, num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _attention(backend: CpuBackend) -> ModuleSpec:
+def _attention(backend: BackendSpecProvider) -> ModuleSpec:
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -90,16 +104,16 @@ def _attention(backend: CpuBackend) -> ModuleSpec:
     )
 
 
-def _latent_attention(backend: CpuBackend) -> ModuleSpec:
-    normed = ModuleSpec(backend.column_parallel_layer_norm_linear(), params={"eps": LATENT_NORM_EPS})
+def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
+    normed, down = backend.latent_norm_linear(), backend.down_linear()
     return ModuleSpec(
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=backend.column_parallel_linear(),
-            linear_q_down_proj=backend.column_parallel_linear(),
+            linear_q_down_proj=down,
             linear_q_up_proj=normed,
-            linear_kv_down_proj=backend.column_parallel_linear(),
+            linear_kv_down_proj=down,
             linear_kv_up_proj=normed,
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),

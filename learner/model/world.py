@@ -8,15 +8,23 @@ from megatron.core import parallel_state
 
 
 def join_world(store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
-    """Join a gloo world of `size` data-parallel ranks (no tensor, pipeline or context parallelism).
+    """Join a world of `size` data-parallel ranks (no tensor, pipeline or context parallelism).
 
     `store` is where the ranks meet; a world of one meets in its own memory, without a socket.
     Joining again from the same process keeps the world it has.
     """
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
+        dist.init_process_group(_backend(rank), store=store or dist.HashStore(), rank=rank, world_size=size)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+
+
+def _backend(rank: int) -> str:
+    """gloo, and beside it NCCL for what lies on this rank's GPU."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    return "cpu:gloo,cuda:nccl"
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -15,6 +15,7 @@ OPTIONS = {
     "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
     "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
     "actors": ["--count", "--run", "--redis"],
+    "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
     "redis-users": ["--run", "--redis"],
     "doctor": ["--run", "--json", "--redis"],

@@ -99,8 +99,15 @@ SEEDS = {"qwen3_moe_mixed": 1, "qwen3_next_mixed": 2}
 def make_family(case: str, folder: Path, std: float = 0.1) -> torch.nn.Module:
     """Write the checkpoint of `case` to `folder`; returns transformers' model, in evaluation mode."""
     name, fields = CASES[case]
+    model = random_model(name, fields, SEEDS.get(case, 0), std)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_model(name: str, fields: dict[str, Any], seed: int = 0, std: float = 0.1) -> torch.nn.Module:
+    """transformers' model of class `name` with random weights, in evaluation mode."""
     config = getattr(transformers, f"{name}Config")(**fields)
-    torch.manual_seed(SEEDS.get(case, 0))
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     zero_centred = name == "Qwen3Next"
     with torch.no_grad():
@@ -113,7 +120,6 @@ def make_family(case: str, folder: Path, std: float = 0.1) -> torch.nn.Module:
             tensor.normal_(0.0, std)
             if "norm" in tensor_name and (not zero_centred or "linear_attn" in tensor_name):
                 tensor.add_(1.0)
-    model.save_pretrained(folder)
     return model
 
 
