@@ -37,6 +37,10 @@ class Script:
     async def info(self, _: web.Request) -> web.Response:
         return web.json_response({})
 
+    async def loads(self, _: web.Request) -> web.Response:
+        idle = {"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": 0.0}
+        return web.json_response({"loads": [idle]})
+
     async def update(self, request: web.Request) -> web.Response:
         self.label = (await request.json())["weight_version"]
         return web.json_response({"success": True})
@@ -70,6 +74,7 @@ def main() -> None:
     path.write_text(" ".join(later))
     script, app = Script(life), web.Application()
     app.router.add_get("/model_info", script.info)
+    app.router.add_get("/v1/loads", script.loads)
     app.router.add_post("/generate", script.generate)
     app.router.add_post("/abort_request", script.abort)
     app.router.add_post("/update_weights_from_distributed", script.update)

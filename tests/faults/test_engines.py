@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from actors import engine
-from actors.config import EngineConfig, LimitsConfig, RolloutConfig
+from actors.config import AdaptiveConfig, EngineConfig, LimitsConfig, RolloutConfig
 from actors.rollout import request_seed
 from actors.worker import Settings, run_actor
 from buffer.client import Stream
@@ -55,7 +55,7 @@ def obey(text: str, answer: str) -> float:
 class Trial:
     """A run that a test plays the learner of, with one real actor."""
 
-    def __init__(self, stream: Stream, folder: Path, lives: str, reward: str | dict[str, Any]) -> None:
+    def __init__(self, stream: Stream, folder: Path, lives: str, **rollout: Any) -> None:
         self.stream, self.folder, self.lives = stream, folder, folder / "lives"
         self.lives.write_text(lives)
         rules = {"batch": 1, "eta": GROUPS - 1, "group_size": SIZE, "attempts_max": 20}
@@ -69,8 +69,8 @@ class Trial:
             StreamConfig(group_size=SIZE, groups_per_step=1, max_staleness=GROUPS - 1),
             RolloutConfig(
                 concurrency=1,
-                reward=reward,
                 limits=LimitsConfig(workers=2, deadline_s=1.0),
+                **rollout,
             ),
             EngineConfig(request_timeout_s=1.0, start_timeout_s=30.0),
         )
@@ -125,7 +125,8 @@ async def test_row_21_a_reward_hangs_crashes_or_floods(
     stream: Stream, redis_server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process dies at the deadline or by itself; the sample is counted and left out, never scored 0."""
-    trial = Trial(stream, tmp_path, "good", f"{__name__}:obey")
+    bounds = AdaptiveConfig(most=2, every_s=0.05)
+    trial = Trial(stream, tmp_path, "good", reward=f"{__name__}:obey", adaptive=bounds)
     monkeypatch.setattr(engine, "command", trial.command)
     bad = {33 + token(seed) for seed in range(3)}
     drawn = [
@@ -138,6 +139,7 @@ async def test_row_21_a_reward_hangs_crashes_or_floods(
         ledger = await trial.until(lambda ledger: ledger.counts.queued == GROUPS)
         invalid = GROUPS * SIZE - sum(map(len, good))
         await trial.until(lambda ledger: ledger.actors["actor-0"].stats["invalid_samples"] == invalid)
+        assert trial.run.snapshot().actors["actor-0"].stats["concurrency"] == 2  # the engine is idle
         groups = trial.published()
         trial.run.leave_learner("done")
     assert violations(trial.run.snapshot()) == []
@@ -155,7 +157,7 @@ async def test_row_22_an_engine_dies_says_nothing_or_no_numbers_or_hangs(
 ) -> None:
     """Each life costs one group, closed as `engine`; another engine is started, and does them all."""
     lives = ["dies", "nothing", "nan", "silent", "good"]
-    trial = Trial(stream, tmp_path, " ".join(lives), {})
+    trial = Trial(stream, tmp_path, " ".join(lives), reward={})
     monkeypatch.setattr(engine, "command", trial.command)
     async with trial.actor(redis_server.socket_url):
         ledger = await trial.until(lambda ledger: ledger.counts.queued == GROUPS)
