@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
     from launch.tiny_model import make_tiny_qwen3
 
     data = Path(os.environ.get("SLIPSTREAM_TEST_DATA", ""))
-    real = (data / "gsm8k_train.jsonl").is_file()
+    real = not options.quick and (data / "gsm8k_train.jsonl").is_file()
     sources: dict[str, Callable[[], Lengths]] = {
         "gsm8k" if real else "gsm8k_like": lambda: gsm8k(data) if real else log_normal(100, 0.4, 400),
         "long_tail": lambda: log_normal(300, 1.0, 4000),
