@@ -192,7 +192,7 @@ def measure(lengths: Lengths, folder: Path, quick: bool) -> dict[str, float]:
     rows = rows_of(lengths)
     figures = {"mean": float(lengths.sum(axis=2).mean()), "longest": float(lengths.sum(axis=2).max())}
     figures |= {**waste(rows), **unevenness(lengths, folder)}
-    return figures | speed(rows[: 8 if quick else 128], folder, 1 if quick else 5)
+    return figures | speed(rows[: 4 if quick else 128], folder, 1 if quick else 5)
 
 
 def main(arguments: list[str]) -> None:
