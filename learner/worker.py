@@ -44,8 +44,9 @@ from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
 from weightsync.config import WeightSyncConfig
+from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
-from weightsync.offer import Offers, address_towards
+from weightsync.offer import Offers, open_offers
 
 if TYPE_CHECKING:
     from learner.ranks import Leader, Ranks
@@ -122,6 +123,7 @@ class Learner:
                     stack.enter_context(checkpoints) if checkpoints is not None else None,
                     restore,
                     max_steps=settings.stream.max_steps,
+                    mismatch=settings.objective.abort.mismatch,
                     stop=self._pass_on_stop,
                 )
                 manifest = loop.run()
@@ -142,7 +144,7 @@ class Learner:
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet(self._settings.model.parallel)
         return Leader(
             self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
         )
@@ -167,8 +169,8 @@ class Learner:
 
     def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
         config, folder = self._settings.checkpoint, self._folder / "checkpoints"
-        assert self._ranks is not None
-        return Checkpoints(session, config, folder, saved, self._ranks.size) if config.every else None
+        ranks = self._ranks.size if self._ranks is not None else 1
+        return Checkpoints(session, config, folder, saved, ranks=ranks) if config.every else None
 
     def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
         """Adds to `report.json`, which a run that is cut off goes on with."""
@@ -185,13 +187,13 @@ class Learner:
             asked = Curriculum(order, self._stream, solved=data.skip_solved, failed=data.skip_failed)
         return Feeder(session, asked, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
-    def _offers(self, session: Session) -> Offers:
-        settings = self._settings.weightsync
-        return Offers(
+    def _offers(self, session: Session) -> Offers | Lanes:
+        return open_offers(
             self._stream,
-            learner_epoch=session.epoch.partition(":")[0],
-            address=settings.address or address_towards(self._stream),
-            timeout_s=settings.timeout_s,
+            self._settings.weightsync,
+            learner_epoch=int(session.epoch.partition(":")[0]),
+            lineage=lambda: session.known.lineage,
+            kept_on_disk=self._settings.stream.max_staleness + 2,
             log=log.info,
         )
 
@@ -254,7 +256,7 @@ def follow(settings: Settings, url: str) -> None:
     def load(folder: Path) -> Trainer:
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
-    Follower(Ranks.meet(), stream, load).follow()
+    Follower(Ranks.meet(settings.model.parallel), stream, load).follow()
 
 
 def main() -> int:
