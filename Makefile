@@ -5,7 +5,7 @@
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make test-gpu   the GPU kernels, on a host that has them: docs/gpu.md (GPU_PYTHON=python3)
 #   make nightly    the replay stream's state machine, at length
-#   make bench      the benchmarks of the replay stream                 (about 10 minutes on an idle machine)
+#   make bench      the benchmarks of the replay stream and of packing  (about 12 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
@@ -64,6 +64,7 @@ bench: $(VENV)/bench/.ready
 	PYTHONPATH=$(VENV)/bench $(VENV)/bin/python -m benchmarks.queue --json
 	$(VENV)/bin/python -m benchmarks.admission --json
 	$(VENV)/bin/python -m benchmarks.late_policies --plot docs/late_policies.png --json
+	$(VENV)/bin/python -m benchmarks.packing --json
 
 rehearse:
 	.ci/rehearse

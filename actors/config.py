@@ -30,8 +30,11 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds from the start of the process to its first answer."""
     request_timeout_s: Positive = 300.0
     """Seconds for the samples of one prompt, waiting in the server included."""
+    pause: Literal["abort", "finish"] = "abort"
+    """What becomes of samples under way when a new version comes. `abort`: they are ended, keep their
+    tokens, and go on under the new one; `finish`: they are finished first."""
     update_timeout_s: Positive = 60.0
-    """Seconds for a new version; the samples under way are finished first."""
+    """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
     """More options of SGLang's server by their long names, such as `{"tp-size" = 4}`; `true` gives the
     bare flag. They win over ours."""
@@ -103,11 +106,30 @@ class EnvironmentConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     """Seconds for one sample, generation included; after that the sample is invalid."""
 
 
+class AdaptiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Groups in flight as the engine's load allows."""
+
+    least: Count = 1
+    """Fewest groups in flight."""
+    most: Count = 64
+    """Most groups in flight."""
+    every_s: Positive = 2.0
+    """Seconds between two looks at the engine's load."""
+    usage_max: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    """Share of the engine's cache above which it is overloaded."""
+    add: Count = 1
+    """How many more, while the engine has room and groups wait for a place."""
+    factor: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
+    """What the number is multiplied by when the engine is overloaded."""
+
+
 class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What an actor does with its leases."""
 
     concurrency: Count = 4
-    """Groups an actor keeps in flight."""
+    """Groups an actor keeps in flight; with `adaptive`, at first."""
+    adaptive: AdaptiveConfig | None = None
+    """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     reward: str | dict[str, RewardPart] = "actors.rewards:gsm8k"
@@ -119,3 +141,11 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     """A group whose every reward is at most this counts its question as failed."""
     limits: LimitsConfig = LimitsConfig()
     """Processes that run the reward functions."""
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that exclude the beginning. Raises `ValueError`; msgspec adds the path."""
+        if (bounds := self.adaptive) and not bounds.least <= self.concurrency <= bounds.most:
+            raise ValueError(
+                f"concurrency: got {self.concurrency}, expected {bounds.least} to {bounds.most}, which are "
+                "adaptive.least and adaptive.most; change one of the three"
+            )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
+from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
+from actors.gate import Gate
 from actors.server import Server, command, environment
 from buffer.local_server import free_port
 from weightsync.manifest import Manifest
@@ -30,28 +34,20 @@ POLL_S = 0.1
 PROBE_S = 5.0
 """How long `alive` waits for an answer."""
 
+LOADS = "/v1/loads?include=core"
+"""Where the server says how much it has to do."""
+KEEP_ALIVE_S = 2.0
+"""How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
+server is closing and fail."""
+
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """One answer."""
-
-    tokens: list[int]
-    """Token ids; an end-of-sequence or stop token that ended the answer is the last of them."""
-    logprobs: list[float]
-    """Log-probability of each token over the full vocabulary, after temperature."""
-    finish_reason: Literal["stop", "length"]
-    """`stop`: an end-of-sequence or stop token; `length`: the token limit."""
-    version_label: str
-    """Label of the version the engine served when the answer was complete."""
 
 
 class Finish(msgspec.Struct):
     """Why SGLang ended an answer."""
 
-    type: str
-    message: str = ""
+    type: Literal["stop", "length", "abort"]
 
 
 class Meta(msgspec.Struct):
@@ -70,13 +66,32 @@ class Answer(msgspec.Struct):
     meta_info: Meta
 
 
+class _Rank(msgspec.Struct):
+    """The parts of one rank's load that are read."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    token_usage: float
+
+
+class _Loads(msgspec.Struct):
+    """SGLang's answer to ``/v1/loads``."""
+
+    loads: list[_Rank]
+
+
 class Engine:
     """A running server with its HTTP client. Made by `start`; ended by `stop` or `kill`."""
 
-    def __init__(self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str]) -> None:
-        """Use `start`."""
-        self._server, self._config, self._keys = server, config, keys
-        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+    def __init__(
+        self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str], ends: frozenset[int]
+    ) -> None:
+        """Use `start`. `ends`: the model's end-of-sequence tokens."""
+        self._server, self._config, self._keys, self._ends = server, config, keys, ends
+        self.gate = Gate()
+        """Where requests wait while new weights go in."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._http = aiohttp.ClientSession(url, connector=connector)
 
     @classmethod
     async def start(
@@ -108,7 +123,7 @@ class Engine:
         port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
         arguments = command(model, config, port=port, seed=seed, load_format=load_format, keys=keys)
         server = await Server.start(name, log, arguments, environment(config))
-        engine = cls(server, config, f"http://127.0.0.1:{port}", keys)
+        engine = cls(server, config, f"http://127.0.0.1:{port}", keys, end_tokens(model))
         try:
             await engine._ready()
         except BaseException:
@@ -129,31 +144,55 @@ class Engine:
     async def generate(
         self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Completion]:
-        """Answer one prompt once for each seed, in one call; the answers come in the order of the seeds.
+        """Answer one prompt once for each seed; the answers come in the order of the seeds.
 
-        A seed (0 <= seed < 2^63) repeats its answer under the same weights.
+        A seed (0 <= seed < 2^63) repeats its answer under the same weights. Answers live through updates,
+        see `actors.continuation`: their labels say which version wrote what.
         """
-        parameters = [
-            {
-                "temperature": sampling.temperature,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop_token_ids": sampling.stop_token_ids,
-                "ignore_eos": sampling.ignore_eos,
-                "sampling_seed": seed,
-            }
-            for seed in seeds
-        ]
-        answers = await self._generate([prompt] * len(parameters), parameters)
-        return [self._completion(answer) for answer in answers]
+
+        async def generate(asks: list[Ask]) -> list[Part]:
+            parameters = [
+                {
+                    "temperature": sampling.temperature,
+                    "max_new_tokens": ask.max_new_tokens,
+                    "stop_token_ids": sampling.stop_token_ids,
+                    "ignore_eos": sampling.ignore_eos,
+                    "sampling_seed": ask.seed,
+                }
+                for ask in asks
+            ]
+            answers = await self._generate([ask.context for ask in asks], parameters)
+            return [self._part(answer) for answer in answers]
+
+        return await complete(generate, prompt, seeds, sampling, self._ends)
 
     async def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """Log-probabilities of tokens 1.. of each sequence at temperature 1, float32 [T - 1] each."""
         parameters = [{"temperature": 1.0, "max_new_tokens": 1, "sampling_seed": 0}] * len(sequences)
-        answers = await self._generate(sequences, parameters, logprob_start_len=0)
-        return [
-            np.array([value for value, *_ in answer.meta_info.input_token_logprobs[1:]], np.float32)
-            for answer in answers
-        ]
+        scores: dict[int, np.ndarray] = {}
+        while missing := [index for index in range(len(sequences)) if index not in scores]:
+            asked = [sequences[index] for index in missing]
+            answers = await self._generate(asked, parameters[: len(asked)], logprob_start_len=0)
+            for index, answer in zip(missing, answers, strict=True):
+                if answer.meta_info.finish_reason.type != "abort":
+                    found = [value for value, *_ in answer.meta_info.input_token_logprobs[1:]]
+                    scores[index] = np.array(found, np.float32)
+        return [scores[index] for index in range(len(sequences))]
+
+    async def load(self) -> Load:
+        """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
+        content = await self._request("GET", LOADS, None, PROBE_S)
+        try:
+            ranks = msgspec.json.decode(content, type=_Loads).loads
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
+            ) from error
+        return Load(
+            sum(rank.num_running_reqs for rank in ranks),
+            sum(rank.num_waiting_reqs for rank in ranks),
+            max((rank.token_usage for rank in ranks), default=0.0),
+        )
 
     async def join_group(self, *, group: str, address: str, port: int) -> None:
         """Meet the learner, which listens at `address`, in a two-rank gloo group; the engine is rank 1.
@@ -173,8 +212,8 @@ class Engine:
     async def update_weights(self, *, group: str, manifest: Manifest) -> None:
         """Receive a version through the group as one broadcast, and serve it.
 
-        The server finishes the samples under way, holds new ones back meanwhile, and shows the label
-        in every answer from then on. After a failure the weights are unknown: kill the engine.
+        The samples under way are ended or finished first, as `EngineConfig.pause` says, and new ones wait;
+        every answer from then on shows the label. After a failure the weights are unknown: kill the engine.
         """
         body = {
             "names": [entry.name for entry in manifest.tensors],
@@ -185,7 +224,18 @@ class Engine:
             "weight_version": manifest.label,
             "flush_cache": False,
         }
-        await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+        async with self.idle():
+            await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+
+    @asynccontextmanager
+    async def idle(self) -> AsyncIterator[None]:
+        """Nothing is generated within the block: samples under way are ended, or finished, before it.
+
+        Ended ones keep their tokens, and go on by themselves after it.
+        """
+        end = self._abort if self._config.pause == "abort" else None
+        async with self.gate.closed(end, self._config.update_timeout_s):
+            yield
 
     async def alive(self) -> bool:
         """Whether the server answers, generating or not."""
@@ -214,12 +264,17 @@ class Engine:
                 raise self._server.failure()
             await asyncio.sleep(POLL_S)
 
+    async def _abort(self) -> None:
+        """End every request; each is answered with its tokens so far."""
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, PROBE_S)
+
     async def _generate(
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
     ) -> list[Answer]:
         """One ``/generate`` call for a list of prompts, each with its sampling parameters."""
         body = {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True, **options}
-        content = await self._post("/generate", body, self._config.request_timeout_s)
+        async with self.gate.passing():
+            content = await self._post("/generate", body, self._config.request_timeout_s)
         try:
             answers = msgspec.json.decode(content, type=list[Answer])
         except msgspec.DecodeError as error:
@@ -232,22 +287,17 @@ class Engine:
             )
         return answers
 
-    def _completion(self, answer: Answer) -> Completion:
-        """The answer as a completion, after checking that it is whole."""
+    def _part(self, answer: Answer) -> Part:
+        """The answer as a part of a completion, after checking that it is whole."""
         meta = answer.meta_info
         reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
-        if reason not in ("stop", "length"):
-            raise EngineError(
-                f"engine {self._server.name}: sample ended by {reason}: {meta.finish_reason.message}"
-            )
         values = [value for value, *_ in logprobs if value is not None]
         if [token for _, token, _ in logprobs] != answer.output_ids or len(values) != len(logprobs):
             raise EngineError(
                 f"engine {self._server.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
-        return Completion(answer.output_ids, values, finish, meta.weight_version)
+        return Part(answer.output_ids, values, reason, meta.weight_version)
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
         """POST with the admin key where the path asks for it."""
@@ -255,7 +305,7 @@ class Engine:
 
     async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
         """The body of a good answer."""
-        key = self._keys[0] if path in ("/generate", "/model_info") else self._keys[1]
+        key = self._keys[0] if path in ("/generate", "/model_info", LOADS) else self._keys[1]
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -273,3 +323,21 @@ class Engine:
             text = content[:300].decode(errors="replace")
             raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
         return content
+
+
+def end_tokens(model: Path) -> frozenset[int]:
+    """The end-of-sequence tokens of a Hugging Face folder, as SGLang finds them: those of config.json and of
+    generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (model / name).is_file():
+            named = msgspec.json.decode((model / name).read_bytes(), type=_Ends).eos_token_id
+            if named is not None:
+                found.update(named if isinstance(named, list) else [named])
+    return frozenset(found)
+
+
+class _Ends(msgspec.Struct):
+    """The field of either file that is read."""
+
+    eos_token_id: int | list[int] | None = None

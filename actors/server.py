@@ -164,6 +164,8 @@ def environment(config: EngineConfig) -> dict[str, str]:
             "MKL_NUM_THREADS": "1",
             # Compiling takes longer than a tiny model's whole run, and needs a compiler.
             "TORCHDYNAMO_DISABLE": "1",
+            # Inputs of gated DeltaNet's convolution, bfloat16 otherwise.
+            "SGLANG_MAMBA_CONV_DTYPE": config.dtype,
             # Gloo would otherwise look up the host's name, which may not resolve offline.
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }

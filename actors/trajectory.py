@@ -118,9 +118,9 @@ def _labels(turns: Sequence[Turn]) -> list[tuple[int, str]]:
     for turn in turns:
         if not turn.tokens:
             continue
-        label = turn.completion.version_label if turn.completion is not None else runs[-1][1]
-        if runs and label == runs[-1][1]:
-            runs[-1] = (runs[-1][0] + len(turn.tokens), runs[-1][1])
-        else:
-            runs.append((len(turn.tokens), label))
+        said = turn.completion.labels if turn.completion is not None else [(len(turn.tokens), runs[-1][1])]
+        for length, label in said:
+            if runs and label == runs[-1][1]:
+                length += runs.pop()[0]
+            runs.append((length, label))
     return runs

@@ -27,14 +27,17 @@ from typing import Any
 import msgspec
 import uvloop
 
+from actors.concurrency import Slots, adapt
 from actors.config import EngineConfig, RolloutConfig
 from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
 from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
+from actors.gate import Gate
 from actors.publish import BACK_OFF_S, publish, teaches_nothing
 from actors.rewards.pool import RewardPool
 from actors.rollout import Recipe, rollout
+from actors.utilisation import Utilisation
 from actors.weights import WeightWorker
 from buffer.admission import Admit, Drop, Lease
 from buffer.client import AsyncStream
@@ -69,14 +72,16 @@ class Actor:
         self._stream, self._name, self._settings = stream, name, settings
         self._model, self._logs = model, logs
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(settings.rollout.concurrency)
+        self._slots = Slots(settings.rollout.concurrency)
+        self._use = Utilisation()
+        self._gate: Gate | None = None
         self._environment = load_environment(settings.rollout.environment)
         self._rewards = RewardPool(settings.rollout.reward, settings.rollout.limits)
         self._invalid: collections.Counter[Cause] = collections.Counter()
         self._state, self._version, self._requests = "starting", -1, 0
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changed = asyncio.Event()
+        self._changed, self._newer = asyncio.Event(), asyncio.Event()
         self.epoch = self.nonce = ""
         self.served = False
         """Whether the engine ever came up; one that never did will not the next time either."""
@@ -102,11 +107,15 @@ class Actor:
             return
         engine = starting.result()
         self.served = True
+        self._gate, engine.gate.changed = engine.gate, self._clock
         self._enter("running")
         weights = WeightWorker(
             self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
         )
         loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine, weights))]
+        if bounds := self._settings.rollout.adaptive:
+            size = self._settings.stream.group_size
+            loops.append(asyncio.create_task(adapt(self._slots, engine.load, bounds, size)))
         watched: list[asyncio.Future[Any]] = [*loops, heartbeat, self._failed]
         try:
             await asyncio.wait([*watched, halted], return_when=asyncio.FIRST_COMPLETED)
@@ -134,6 +143,19 @@ class Actor:
 
     def _on_applied(self, version: int) -> None:
         self._version = version
+        self._newer.set()
+
+    async def _serves(self, version: int) -> None:
+        """Waits until the engine serves at least this version."""
+        while self._version < version:
+            self._newer.clear()
+            await self._newer.wait()
+
+    def _clock(self) -> None:
+        """Notes how the engine is used from now on."""
+        if self._gate is not None:
+            requests, updating = self._gate.within, not self._gate.is_open
+            self._use.note(leases=len(self._tasks), requests=requests, updating=updating)
 
     async def _lease(self, engine: Engine, weights: WeightWorker) -> None:
         """Keeps `concurrency` groups in flight."""
@@ -143,6 +165,7 @@ class Actor:
             lease = await self._admit()
             if lease.status == "lease":
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
+                self._clock()
             else:
                 self._slots.release()
                 if lease.reason in ("no-weights", "old-weights"):
@@ -178,6 +201,7 @@ class Actor:
         """One lease to its end: published, or handed back with the reason."""
         reason = "released"
         try:
+            await self._serves(lease.version)
             group = await rollout(engine, lease, recipe)
             if missing := recipe.group_size - len(group.samples):
                 log.warning(
@@ -213,6 +237,7 @@ class Actor:
         finally:
             del self._tasks[lease.token]
             self._slots.release()
+            self._clock()
             if reason in ("reward", "engine", "filtered"):
                 await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))
 
@@ -225,8 +250,12 @@ class Actor:
         """Renews the leases in flight and hears whether the run goes on, at once when the state changes."""
         while True:
             self._changed.clear()
+            self._clock()
             stats = {
                 "in_flight": len(self._tasks),
+                "concurrency": self._slots.limit,
+                "held_s": round(self._use.held_s, 2),
+                "busy_s": round(self._use.busy_s, 2),
                 "published": self._published,
                 "answer_tokens": self._tokens,
                 "invalid_samples": self._invalid.total(),

@@ -97,7 +97,7 @@ ROLES = (
             *(*FUNCTION_READS, *FUNCTION_WRITES),
             *("get", "smembers", "blpop", "expire", "incrby", "hincrbyfloat", "multi", "exec"),
         ),
-        writes=(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "difficulty", "actor_numbers"),
+        writes=(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "difficulty", "actor_numbers", "fleet"),
         reads=("config", "files", "progress", "stop", RUNS),
     ),
     Role(
@@ -118,7 +118,7 @@ ROLES = (
         calls=("requeue", "join", "heartbeat", "leave"),
         looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
-        writes=(*FUNCTION_KEYS, "stop"),
+        writes=(*FUNCTION_KEYS, "stop", "fleet"),
         reads=(SHARDS, "*", RUNS),
     ),
 )

@@ -31,14 +31,26 @@ class Manifest(msgspec.Struct, frozen=True):
         """The rows that are trained, in canonical order (by group id)."""
         return sorted(row for row in self.rows if row.group not in self.strikes)
 
-    def share(self, rank: int, ranks: int) -> list[Assignment]:
+    def share(self, rank: int, ranks: int, mini_batches: int = 1) -> list[Assignment]:
         """The rows that one of `ranks` data-parallel readers fetches; every row belongs to one of them.
 
-        >>> rows = [Assignment(f"g{i}", "", 0, 0) for i in (2, 0, 1)]
+        The shares of each mini-batch, a run of the canonical order, are of about equal size: its rows, the
+        largest first, go to the rank with the fewest bytes so far (Graham 1969).
+
+        >>> rows = [Assignment(f"g{i}", "", 0, size) for i, size in enumerate((10, 40, 20, 30, 25))]
         >>> [[row.group for row in Manifest(rows).share(rank, 2)] for rank in (0, 1)]
-        [['g0', 'g2'], ['g1']]
+        [['g1', 'g2'], ['g0', 'g3', 'g4']]
         """
-        return self.groups()[rank::ranks]
+        rows, mine = self.groups(), []
+        for index in range(mini_batches):
+            run = rows[len(rows) * index // mini_batches : len(rows) * (index + 1) // mini_batches]
+            taken = [0] * ranks
+            for row in sorted(run, key=lambda row: -row.size):
+                chosen = taken.index(min(taken))
+                taken[chosen] += row.size
+                if chosen == rank:
+                    mine.append(row)
+        return sorted(mine)
 
 
 class Assigned(msgspec.Struct, array_like=True, frozen=True):

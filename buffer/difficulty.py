@@ -56,5 +56,5 @@ def difficulties(stream: Stream) -> dict[int, Difficulty]:
         question = found.setdefault(int(row), Difficulty())
         setattr(question, what, float(value) if what == "reward" else int(value))
     for question in found.values():
-        question.reward /= question.asked
+        question.reward /= max(1, question.asked)
     return found

@@ -91,6 +91,13 @@ KEYS = (
     Key("mail", "list", "learner", "while joined", "with `:<actor>`: requests to its weight worker (JSON)"),
     Key("scores", "list", "actors", "10 minutes", "with `:<actor>`: its answers to score requests (JSON)"),
     Key("actor_numbers", "string", "launch actors", "run", "how many actor names were given out"),
+    Key(
+        "fleet",
+        "hash",
+        "launch actors",
+        "run",
+        "launcher -> its actors (JSON), and with `:wanted` how many it shall run",
+    ),
     Key("stop", "string", "launch stop", "run", "set: no more leases, the learner ends after its step"),
 )
 

@@ -12,7 +12,7 @@ In a run's TOML file, with this repository on the actors' PYTHONPATH:
 import asyncio
 from collections.abc import Sequence
 
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments import Environment, Policy, Turn
 from buffer.schema import Prompt
 
@@ -43,7 +43,7 @@ class Halving(Policy):  # stands in for a model: its tokens are numbers, and it 
 
     async def generate(self, context: Sequence[int]) -> Turn:
         self._guess = (self._low + self._high) // 2
-        return Turn([self._guess], Completion([self._guess], [-1.0], "stop", "0:demo"))
+        return Turn([self._guess], Completion([self._guess], [-1.0], "stop", [(1, "0:demo")]))
 
     def write(self, text: str, *, markup: bool = False, reward: float | None = None) -> Turn:
         lower = text.strip() == "lower"

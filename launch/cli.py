@@ -27,6 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FILE", help="questions to train on: JSONL in GSM8K's schema")
     demo.add_argument("--name", help="name of the run (default: demo)")
     demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
+    demo.add_argument(
+        "--family", default="qwen3", help="of the model it makes: qwen3 (default), qwen3_moe or qwen3_next"
+    )
     demo.add_argument("--record", action="store_true", help="keep all it consumes in runs/<name>/record")
     demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")
 
@@ -50,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     actors.add_argument("--count", type=int, default=1, metavar="N", help="actors to start (default: 1)")
     actors.add_argument("--run", help="name of the run (default: the only one)")
     _redis_option(actors)
+
+    scale = _command(subparsers, "scale", commands.scale, "run more or fewer actors while it trains")
+    scale.add_argument("what", choices=("actors",))
+    scale.add_argument("count", type=int, metavar="N", help="how many actors all launchers run together")
+    scale.add_argument("--run", help="name of the run (default: the only one)")
+    _redis_option(scale)
 
     redis = _command(subparsers, "redis", commands.redis, "a private Redis on this machine, until Ctrl-C")
     redis.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")

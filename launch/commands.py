@@ -27,7 +27,7 @@ def demo(args: argparse.Namespace) -> int:
     config = _config(args, [demo_file()], overrides)
     if config is None:
         return 0
-    return _finish(run_demo(config, args.actors, record=args.record), args.json)
+    return _finish(run_demo(config, args.actors, family=args.family, record=args.record), args.json)
 
 
 def learner(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def learner(args: argparse.Namespace) -> int:
         if not nodes.leads:
             follow_node(ranks, interrupt)
             return 0
-        ledger = follow(stream, ranks, [], interrupt)
+        ledger = follow(stream, ranks, None, interrupt)
     return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
 
 
@@ -61,6 +61,28 @@ def actors(args: argparse.Namespace) -> int:
     if args.count < 1:
         raise LaunchError(f"--count: got {args.count}, expected 1 or more")
     return run_actors(_url(args, ""), args.run, args.count, Interrupt())
+
+
+def scale(args: argparse.Namespace) -> int:
+    """Another number of actors in mid-run, shared out among the launchers that are alive."""
+    from launch.fleet import Launcher, scale
+    from launch.local import Progress
+    from launch.status import find_run
+
+    if args.count < 0:
+        raise LaunchError(f"scale actors: got {args.count}, expected 0 or more")
+    progress = Progress()
+
+    def show(found: dict[str, Launcher]) -> None:
+        running, draining = (
+            sum(getattr(one, what) for one in found.values()) for what in ("running", "draining")
+        )
+        progress.show(f"{running} actors, {draining} draining")
+
+    found = scale(find_run(_url(args, ""), args.run, ended=False), args.count, show)
+    progress.close()
+    print("\n".join(f"{name}: {launcher.running} actors" for name, launcher in found.items()))
+    return 0
 
 
 def redis(args: argparse.Namespace) -> int:

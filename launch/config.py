@@ -16,7 +16,14 @@ import msgspec
 from actors.config import EngineConfig, RolloutConfig
 from buffer.config import RedisConfig, StreamConfig
 from launch.errors import LaunchError
-from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SftConfig,
+)
 from weightsync.config import WeightSyncConfig
 
 
@@ -37,6 +44,7 @@ class RunConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen
     """A supervised warm-up on the data set's answers before step 0; absent: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     weightsync: WeightSyncConfig = WeightSyncConfig()
 
 

@@ -18,30 +18,24 @@ from buffer.local_server import LocalServer, url_file
 from launch.arithmetic import write_arithmetic
 from launch.config import RunConfig
 from launch.errors import LaunchError
-from launch.local import (
-    Interrupt,
-    actor_names,
-    follow,
-    run_folder,
-    start_actor,
-    start_learner,
-    start_recorder,
-)
+from launch.fleet import Fleet
+from launch.local import Interrupt, follow, run_folder, start_learner, start_recorder
 from launch.nodes import Nodes
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
-from launch.tiny_model import make_tiny_qwen3
+from launch.tiny_model import FAMILIES, make_tiny
 
 _RECORD_S = 60.0
 """How long the recorder may take for the last steps after the run has ended."""
 
 
-def prepare(config: RunConfig) -> RunConfig:
-    """Makes the demo's model and, unless one is set, its data set; the configuration with both."""
+def prepare(config: RunConfig, family: str) -> RunConfig:
+    """Makes the demo's model, of one of `FAMILIES`, and its data set, unless they are set; the
+    configuration with both."""
     folder = run_folder(config.name)
     model, data = config.model, config.data
     if not model.path:
-        made = make_tiny_qwen3(folder / "model", seed=config.seed)
+        made = make_tiny(family, folder / "model", seed=config.seed)
         model = msgspec.structs.replace(model, path=str(made))
     if not (data.path or data.sources):
         made_data = write_arithmetic(folder / "data", seed=config.seed)
@@ -54,19 +48,24 @@ def prepare(config: RunConfig) -> RunConfig:
     return msgspec.structs.replace(config, model=model, data=data)
 
 
-def run_demo(config: RunConfig, actors: int, *, record: bool = False) -> Summary | None:
+def run_demo(
+    config: RunConfig, actors: int, *, family: str = "qwen3", record: bool = False
+) -> Summary | None:
     """Runs to the end, or to Ctrl-C; the summary, None if the run was stopped before it began.
 
-    With `record`, all that the run consumes is kept in `record` of its folder.
+    `family` is that of the model that is made. With `record`, all that the run consumes is kept in
+    `record` of its folder.
 
     Raises `LaunchError`, `StreamError`.
     """
     if actors < 1:
         raise LaunchError(f"--actors: got {actors}, expected 1 or more")
+    if family not in FAMILIES:
+        raise LaunchError(f"--family: got {family!r}, expected {', '.join(FAMILIES)}")
     began, interrupt, redis = time.monotonic(), Interrupt(), config.redis
     folder = run_folder(config.name)
     make_room(folder)
-    config = prepare(config)
+    config = prepare(config, family)
     with (
         LocalServer.start(folder / "redis", port=redis.port, appendfsync=redis.appendfsync) as server,
         url_file(folder, server.url) as url,
@@ -76,12 +75,9 @@ def run_demo(config: RunConfig, actors: int, *, record: bool = False) -> Summary
         stream = Stream.connect(server.socket_url, config.name)
         recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
         learner = start_learner(children, config, server.socket_url, folder, Nodes())
-        names = actor_names(stream.redis, config.name, actors)
-        workers = [
-            start_actor(children, config.name, name, server.socket_url, folder / "logs") for name in names
-        ]
-        ledger = follow(stream, learner, workers, interrupt)
-        children.stop(workers)
+        fleet = Fleet(children, stream, server.socket_url, folder / "logs", actors)
+        ledger = follow(stream, learner, fleet, interrupt)
+        fleet.stop()
         if recorder is not None:
             recorder.process.wait(_RECORD_S)
             print(recorder.last_words(), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -10,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import redis
+import msgspec
 
 from buffer.client import Stream
 from buffer.connect import connect
 from buffer.errors import NoRun, RedisUnavailable, StreamError
-from buffer.keys import key
 from buffer.ledger import Ledger, Snapshot
 from launch.config import RunConfig, to_json
 from launch.errors import LaunchError
+from launch.fleet import Fleet
 from launch.nodes import Nodes
 from launch.status import find_run, of_ledger, progress_line
-from launch.supervise import Child, Supervisor
+from launch.supervise import Child, Supervisor, process_environment
 
 _LOOK_S = 0.5
 _QUIET_S = 15.0
@@ -31,11 +30,6 @@ _QUIET_S = 15.0
 def run_folder(name: str) -> Path:
     """Where a run leaves its files: `runs/<name>`."""
     return Path("runs") / name
-
-
-def process_environment(url: str) -> dict[str, str]:
-    """The environment of a worker: the server's URL, out of sight of `ps`, and one thread a process."""
-    return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 def start_learner(
@@ -54,22 +48,10 @@ def start_learner(
     return ranks
 
 
-def start_actor(children: Supervisor, run: str, name: str, url: str, logs: Path) -> Child:
-    """Starts an actor's process."""
-    argv = [sys.executable, "-m", "actors.worker", "--run", run, "--name", name, "--logs", str(logs)]
-    return children.start(name, argv, process_environment(url), logs / f"{name}.log")
-
-
 def start_recorder(children: Supervisor, run: str, url: str, folder: Path) -> Child:
     """Starts a process that records the run to `record` in the folder."""
     argv = [sys.executable, "-m", "launch.cli", "record", "--run", run, "--out", str(folder / "record")]
     return children.start("recorder", argv, process_environment(url), folder / "logs" / "recorder.log")
-
-
-def actor_names(client: redis.Redis, run: str, count: int) -> list[str]:
-    """`count` names that no actor of the run has had."""
-    last = int(client.incrby(key(run, "actor_numbers"), count))
-    return [f"actor-{number}" for number in range(last - count, last)]
 
 
 class Interrupt:
@@ -107,14 +89,16 @@ class Progress:
 
 
 def follow(
-    stream: Stream, ranks: Sequence[Child], actors: Sequence[Child], interrupt: Interrupt
+    stream: Stream, ranks: Sequence[Child], fleet: Fleet | None, interrupt: Interrupt
 ) -> Ledger | None:
-    """Shows progress until the learner's rank 0 ends; the last snapshot, None if there never was a run.
+    """Shows progress and tends the actors of `fleet` until the learner's rank 0 ends; the last snapshot, None
+    if there never was a run.
+
+    Actors that have left since are in it as they were seen last.
 
     Raises `LaunchError` if a rank of the learner, or every actor, fails.
     """
     progress, ledger, told, learner = Progress(), None, False, ranks[0]
-    lost: set[str] = set()
     while learner.returncode is None:
         if interrupt.asked and not told:
             print("\nstopping after this step ...", file=sys.stderr)
@@ -123,18 +107,20 @@ def follow(
             told = True
         ledger = _look(stream) or ledger
         progress.show(progress_line(of_ledger(stream.run, ledger)) if ledger else "starting ...")
-        for actor in actors:
-            if actor.returncode and actor.name not in lost:
-                lost.add(actor.name)
-                print(f"\n{actor.name} has ended ({actor.returncode}): {actor.last_words()}", file=sys.stderr)
-        if actors and len(lost) == len(actors):
-            raise LaunchError(f"no actor is left; {actors[0].last_words()}  (logs: {actors[0].log.parent})")
+        if fleet is not None:
+            fleet.tend()
+            if fleet.all_lost:
+                actor = fleet.failed()[0]
+                raise LaunchError(f"no actor is left; {actor.last_words()}  (logs: {actor.log.parent})")
         if any(rank.returncode for rank in ranks):
             break
         time.sleep(_LOOK_S)
     progress.close()
     _check_ranks(ranks)
-    return _look(stream) or ledger
+    final = _look(stream)
+    if final is None or ledger is None:
+        return final or ledger
+    return msgspec.structs.replace(final, actors={**ledger.actors, **final.actors})
 
 
 def _check_ranks(ranks: Sequence[Child]) -> None:
@@ -167,18 +153,17 @@ def run_actors(url: str, run: str | None, count: int, interrupt: Interrupt) -> i
     name = await_run(url, run, interrupt)
     if name is None:
         return 0
-    logs = run_folder(name) / "logs"
-    client = connect(url)
+    logs, stream = run_folder(name) / "logs", Stream(connect(url), name)
     with Supervisor() as children:
-        actors = [start_actor(children, name, actor, url, logs) for actor in actor_names(client, name, count)]
-        print(f"run {name}: {', '.join(actor.name for actor in actors)} (logs: {logs})", file=sys.stderr)
-        while not interrupt.asked and any(actor.returncode is None for actor in actors):
+        fleet = Fleet(children, stream, url, logs, count)
+        print(f"run {name}: {count} actors (logs: {logs})", file=sys.stderr)
+        while not interrupt.asked and not fleet.finished:
+            fleet.tend()
             time.sleep(_LOOK_S)
-        children.stop(actors)
-    failed = [actor for actor in actors if actor.returncode]
-    for actor in failed:
+        fleet.stop()
+    for actor in fleet.failed():
         print(f"{actor.name} ended with {actor.returncode}: {actor.last_words()}", file=sys.stderr)
-    return 2 if failed else 0
+    return 2 if fleet.failed() else 0
 
 
 def await_run(url: str, run: str | None, interrupt: Interrupt) -> str | None:

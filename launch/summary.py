@@ -44,6 +44,9 @@ class Summary(msgspec.Struct, frozen=True):
     """Trained answer tokens over `train_seconds`."""
     overlap: float | None
     """Share of the training time in which some actor was generating."""
+    utilisation: float | None
+    """Of the time in which an actor held a lease, the share in which its engine had a request under way, the
+    times when new weights went in apart; over all actors seen last. Null if they were not seen at all."""
     report: dict[str, Any]
     """What the learner found at the end: check of the engines' weights, held-out accuracy, examples."""
 
@@ -72,6 +75,7 @@ def summarise(folder: Path, ledger: Ledger, run: str, seconds: float) -> Summary
         versions=ledger.number("version") + 1,
         tokens_per_second=round(tokens / train_seconds, 1) if train_seconds else None,
         overlap=overlap(read_jsonl(folder / "timeline.jsonl")),
+        utilisation=utilisation(ledger),
         report=msgspec.json.decode(report.read_bytes()) if report.exists() else {},
     )
     (folder / "summary.json").write_bytes(msgspec.json.encode(summary) + b"\n")
@@ -106,12 +110,23 @@ def render(summary: Summary) -> str:
         f"tokens/s    {summary.tokens_per_second}; actors generated during {summary.overlap:.0%} of training"
         if summary.overlap is not None
         else "tokens/s    -",
+        f"engines     busy for {summary.utilisation:.1%} of the time in which leases were held"
+        if summary.utilisation is not None
+        else "engines     -",
         f"weights     engines differ from the learner by at most: {differences or 'not checked'}",
     ]
     if held_out:
         lines.append(f"held out    accuracy {held_out['accuracy']:.3f} on {held_out['prompts']} questions")
         lines += [f"            {e['question']:.60} -> {e['answered']:.60}" for e in held_out["examples"]]
     return "\n".join([*lines, f"files       {run_folder(summary.run)}"])
+
+
+def utilisation(ledger: Ledger) -> float | None:
+    """What the actors' last heartbeats say of their engines' use, as a share of the time leases were held."""
+    stats = [record.stats for record in ledger.actors.values()]
+    held = sum(float(figures.get("held_s", 0)) for figures in stats)
+    busy = sum(float(figures.get("busy_s", 0)) for figures in stats)
+    return round(busy / held, 4) if held else None
 
 
 def overlap(spans: list[dict[str, Any]]) -> float | None:

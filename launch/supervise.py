@@ -18,6 +18,11 @@ FAILED_S = 5.0
 """The same once another one has failed: a rank may wait for it for ever."""
 
 
+def process_environment(url: str) -> dict[str, str]:
+    """The environment of a worker: the server's URL, out of sight of `ps`, and one thread a process."""
+    return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
 class Child:
     """A process in a session of its own."""
 
@@ -28,6 +33,11 @@ class Child:
     def returncode(self) -> int | None:
         """Exit code, negative for a signal, None while it runs."""
         return self.process.poll()
+
+    def kill(self) -> None:
+        """Ends its whole process group at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def last_words(self) -> str:
         """The last line of its log, or how it was ended."""
@@ -79,8 +89,7 @@ class Supervisor:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
+                child.kill()
 
     def __enter__(self) -> Supervisor:
         return self

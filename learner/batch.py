@@ -15,6 +15,10 @@ TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
 
 
+class PayloadGone(Exception):
+    """A step that was trained before cannot be trained again: the record of a group is gone or damaged."""
+
+
 class Batch(msgspec.Struct, eq=False):
     """What one step trains."""
 

@@ -14,6 +14,10 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
+Recompute = Literal["none", "selective", "full"]
+"""What a backward pass computes again, see `ModelConfig.recompute`."""
+
+
 class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Which model is trained and how its sequences are packed."""
 
@@ -23,6 +27,10 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Tokens in one forward pass. A longer sequence gets a micro-batch of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations; the optimizer's copy, routers and decays are fp32 in any case."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: `selective` the inside of attention, MLPs
+    and experts, `full` whole layers, of which then only the inputs are kept. Same gradients, less memory,
+    more time."""
     logits_chunk: Count = 1024
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""
@@ -275,6 +283,27 @@ class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
             raise ConfigError(
                 f"objective.aggregation: got `{self.aggregation}` with loss `gspo`, which has one "
                 "ratio an answer and is defined as a mean over answers; use `sequence_mean`"
+            )
+
+
+class CheckpointConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """What a run that is cut off goes on from, see docs/checkpoints.md."""
+
+    every: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """Steps between checkpoints. Redis keeps the payloads of all steps since the oldest of `keep_last`, so
+    more steps cost memory there, fewer cost disk. 0: none; a run that is cut off is then over."""
+    keep_last: Count = 2
+    """Checkpoints to go on from; 2, so that one whose disk fails is not the only one."""
+    keep_every: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Checkpoints of versions that are multiples of this are never removed; going back to one that is not
+    among `keep_last` takes a new lineage. 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse an archive that would stay empty."""
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise ConfigError(
+                f"checkpoint.keep_every: got {self.keep_every} with every = {self.every}, expected a "
+                "multiple of it: only checkpoints that are written can be kept"
             )
 
 

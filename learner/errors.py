@@ -26,5 +26,9 @@ class DataError(LearnerError):
     """A data set that cannot be asked: a missing file, a line that is not an example, no short prompt."""
 
 
+class CheckpointError(LearnerError):
+    """A checkpoint that cannot be written, read, or gone on from."""
+
+
 class Aborted(LearnerError):
     """A run that a threshold of `objective.abort` ended; the message says what to change."""

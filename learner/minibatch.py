@@ -17,7 +17,7 @@ from buffer.schema import Group
 from learner.config import ObjectiveConfig
 from learner.objective import Totals
 from learner.objective.divergence import k1
-from learner.packing import MicroBatch, pack, rows_of_groups
+from learner.packing import MicroBatch, Row, rows_of_groups
 from learner.samples import with_rewards
 
 
@@ -50,6 +50,9 @@ class MiniBatch:
     """Over all data-parallel ranks."""
 
 
+Pack = Callable[[Sequence[Row]], list[MicroBatch]]
+"""Micro-batches of rows, as many on every data-parallel rank."""
+
 Score = Callable[[MicroBatch], torch.Tensor]
 """Log-probabilities [N] of a micro-batch's targets, without gradient."""
 
@@ -59,21 +62,21 @@ def split(
     everywhere: Sequence[str],
     count: int,
     step: int,
-    budget: int,
+    pack: Pack,
     over_ranks: Callable[[list[float]], list[float]],
 ) -> list[MiniBatch]:
     """`count` mini-batches, packed, advantages still 0.
 
     `everywhere` holds the ids of all ranks' groups in canonical order: a mini-batch is a run of them, sizes
     differing by at most 1, so which groups train together does not depend on the layout. `over_ranks`
-    adds numbers over the data-parallel ranks; each rank calls it once a mini-batch.
+    adds numbers over the data-parallel ranks; each rank calls it and `pack` once a mini-batch.
     """
     minis, size = [], len(everywhere)
     for index in range(count):
         members = set(everywhere[size * index // count : size * (index + 1) // count])
         part = [group for group in groups if group.id in members]
         rows = rows_of_groups(part, [np.zeros(len(group.samples)) for group in part], step)
-        batches = pack(rows, budget)
+        batches = pack(rows)
         sizes = [float(sum(len(b.targets) for b in batches)), float(sum(len(b.rows) for b in batches))]
         minis.append(MiniBatch(part, [Packed(batch) for batch in batches], Totals(*over_ranks(sizes))))
     return minis
@@ -101,7 +104,7 @@ def less_divergence(minis: Sequence[MiniBatch], config: ObjectiveConfig) -> list
             assert packed.proximal is not None
             assert packed.reference is not None
             values = k1(packed.proximal.double() - packed.reference.double())
-            rows = np.asarray(packed.batch.rows)[packed.batch.sample.numpy()]
+            rows = np.asarray(packed.batch.rows, np.int64)[packed.batch.sample.numpy()]
             np.add.at(spent, rows, values.numpy())
         costs = iter(config.kl.coefficient * spent)
         groups = [

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from buffer.client import Stream
 from buffer.schema import Group
 from buffer.session import Session
 from buffer.stream import read_frames
+from learner.batch import PayloadGone
+from learner.checkpoint.folder import State
+from learner.checkpoint.saver import Saver
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.errors import LearnerError
 from learner.metrics import Metrics
@@ -54,6 +58,8 @@ class Read(msgspec.Struct, tag=True, frozen=True):
 
     step: int
     manifest: Manifest
+    mini_batches: int
+    """So many runs of it are trained one after the other."""
 
 
 class Train(msgspec.Struct, tag=True, frozen=True):
@@ -98,11 +104,24 @@ class GoBack(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.restore` of the newest snapshot."""
 
 
+class Save(msgspec.Struct, tag=True, frozen=True):
+    """`Trainer.save_checkpoint`: this rank's share of a checkpoint in `folder`."""
+
+    folder: str
+    state: State
+
+
+class GoOn(msgspec.Struct, tag=True, frozen=True):
+    """`Trainer.load_checkpoint`."""
+
+    folder: str
+
+
 class End(msgspec.Struct, tag=True, frozen=True):
     """Nothing more will be announced."""
 
 
-Order = Load | Read | Train | Supervise | Score | Generate | Export | Keep | GoBack | End
+Order = Load | Read | Train | Supervise | Score | Generate | Export | Keep | GoBack | Save | GoOn | End
 
 
 class Ranks:
@@ -128,7 +147,7 @@ class Ranks:
         """Announces an order to all other ranks."""
         if self.size > 1:
             assert self.store is not None
-            self.store.set(f"order/{self._said}", msgspec.msgpack.encode(order))
+            self.store.set(f"order/{self._said}", msgspec.json.encode(order))
             self._said += 1
 
     def hear(self) -> Order:
@@ -144,7 +163,7 @@ class Ranks:
                 continue
             except dist.DistNetworkError as error:
                 raise LearnerError(f"rank {self.rank}: rank 0 is gone: {error}") from error
-        order = msgspec.msgpack.decode(self.store.get(key), type=Order)
+        order = msgspec.json.decode(self.store.get(key), type=Order)
         if self.store.add(f"heard/{key}", 1) == self.size - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"heard/{key}")
@@ -160,11 +179,11 @@ class Ranks:
             self.store.wait(["dismissed"], _LOOK)
 
 
-def read_share(stream: Stream, manifest: Manifest) -> tuple[list[Group], dict[str, str]]:
+def read_share(stream: Stream, manifest: Manifest, mini_batches: int) -> tuple[list[Group], dict[str, str]]:
     """This rank's groups of a manifest in canonical order, and those that some rank could not read with the
     reason of their strike. A collective of all ranks."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    frames = read_frames(stream, manifest.share(rank, ranks))
+    frames = read_frames(stream, manifest.share(rank, ranks, mini_batches))
     unread = [f"{frame.reason} {frame.row.group}" for frame in frames if frame.group is None]
     reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread))
     return [frame.group for frame in frames if frame.group is not None], reasons
@@ -188,12 +207,18 @@ class Leader(Trainer):
         super().__init__(folder, model, optimizer, objective, seed)
 
     def read(self, session: Session, step: int, manifest: Manifest) -> list[Group]:
-        """Rank 0's groups of a step's manifest; the step trains without those that a rank cannot read."""
-        self._ranks.say(Read(step, manifest))
-        groups, reasons = read_share(session.stream, manifest)
+        """Rank 0's groups of a step's manifest; the step trains without those that a rank cannot read.
+
+        Raises `PayloadGone` if the step was trained, with all of them, before.
+        """
+        order = Read(step, manifest, self._objective.mini_batches)
+        self._ranks.say(order)
+        groups, reasons = read_share(session.stream, manifest, order.mini_batches)
         rows = {row.group: row for row in manifest.rows}
         for group, reason in reasons.items():
             (frame,) = read_frames(session.stream, [rows[group]])
+            if step < session.version:
+                raise PayloadGone(f"step {step} cannot be trained again ({reason}): {frame.problem}")
             log.warning("step %d trains without a group (%s): %s", step, reason, frame.problem)
             session.strike(step, group, reason, frame.payload)
         return groups
@@ -231,6 +256,16 @@ class Leader(Trainer):
         self._ranks.say(Generate(listed, max_new_tokens, eos_id, temperature, seed))
         return super().generate(prompts, max_new_tokens, eos_id, temperature, seed)
 
+    def save_checkpoint(self, saver: Saver, state: State) -> None:
+        """As `Trainer.save_checkpoint`; every rank writes its share."""
+        self._ranks.say(Save(str(saver.folder), state))
+        super().save_checkpoint(saver, state)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """As `Trainer.load_checkpoint`."""
+        self._ranks.say(GoOn(str(folder)))
+        super().load_checkpoint(folder)
+
     def snapshot(self) -> Snapshot:
         """As `Trainer.snapshot`."""
         self._ranks.say(Keep())
@@ -248,16 +283,22 @@ class Follower:
     def __init__(self, ranks: Ranks, stream: Stream, load: Callable[[Path], Trainer]) -> None:
         self._ranks, self._stream, self._load = ranks, stream, load
         self._groups: list[Group] = []
+        self._saver: Saver | None = None
+        self._open = ExitStack()
 
     def follow(self) -> None:
         """Returns when dismissed. Raises `LearnerError` when rank 0 is gone."""
+        with self._open:
+            self._obey()
+
+    def _obey(self) -> None:
         trainer = kept = None
         while not isinstance(order := self._ranks.hear(), End):
             match order:
                 case Load(folder):
                     trainer = self._load(Path(folder))
-                case Read(manifest=manifest):
-                    self._groups, _ = read_share(self._stream, manifest)
+                case Read(manifest=manifest, mini_batches=mini_batches):
+                    self._groups, _ = read_share(self._stream, manifest, mini_batches)
                 case Train(step):
                     trainer.train_step(self._groups, step)
                 case Supervise(samples, lr):
@@ -268,10 +309,24 @@ class Follower:
                     trainer.generate(**msgspec.structs.asdict(order))
                 case Export():
                     trainer.export()
+                case Save(folder, state):
+                    self._save(trainer, Path(folder), state)
+                case GoOn(folder):
+                    trainer.load_checkpoint(Path(folder))
                 case Keep():
                     kept = trainer.snapshot()
                 case GoBack():
                     trainer.restore(kept)
+
+    def _save(self, trainer: Trainer, folder: Path, state: State) -> None:
+        """Rank 0 has begun another, so it knows what became of the last one."""
+        if self._saver is None:
+            saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
+            self._saver = self._open.enter_context(saver)
+        written = self._saver.wait()
+        if written is not None and written.error:
+            log.error("checkpoint %s: this rank's share failed: %s", written.state.name, written.error)
+        trainer.save_checkpoint(self._saver, state)
 
 
 def _share(samples: Sequence[tuple[list[int], list[int]]]) -> Sequence[tuple[list[int], list[int]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import redis
@@ -39,11 +40,18 @@ class RunRecord:
     ``{"lane": "actor-0", "kind": "generate", "group": "...", "start": s, "end": s}``, in seconds since 1970.
     """
 
-    def __init__(self, folder: Path, stream: Stream) -> None:
+    def __init__(self, folder: Path, stream: Stream, *, going_on: bool = False) -> None:
+        """`going_on`: adds to what a run that was cut off left in `folder`; else begins anew."""
         folder.mkdir(parents=True, exist_ok=True)
         self._stream = stream
-        self._metrics = (folder / "metrics.jsonl").open("wb")
-        self._timeline = (folder / "timeline.jsonl").open("wb")
+        mode = "a+b" if going_on else "w+b"
+        self._metrics = (folder / "metrics.jsonl").open(mode)
+        self._timeline = (folder / "timeline.jsonl").open(mode)
+
+    def rewind(self, step: int) -> None:
+        """Drops the metrics of this step and later ones, which will be trained again, and lines cut off."""
+        _keep(self._metrics, lambda line: line["step"] < step)
+        _keep(self._timeline, lambda line: True)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Records a step's metrics; readers of Redis see the newest."""
@@ -83,3 +91,13 @@ class RunRecord:
 
 def _short(value: Any) -> Any:
     return "nan" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _keep(file: BinaryIO, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keeps the wanted lines of a file that was opened to append."""
+    file.seek(0)
+    lines, _, _ = file.read().rpartition(b"\n")
+    kept = [line for line in lines.splitlines() if wanted(msgspec.json.decode(line))]
+    file.truncate(0)
+    file.write(b"".join(line + b"\n" for line in kept))
+    file.flush()

@@ -22,13 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
+from learner.checkpoint.folder import State
+from learner.checkpoint.saver import Saver
+from learner.checkpoint.state import Part, load, optimizer_steps, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
 from learner.errors import BatchError, ConfigError
+from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
@@ -39,7 +44,7 @@ from learner.model.optimizer import build_optimizer, clipped_update, learning_ra
 from learner.model.world import max_over_ranks, merge_over_ranks, sum_over_ranks, union_over_ranks
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
-from learner.packing import MicroBatch, pack, row_of_tokens
+from learner.packing import MicroBatch, Row, pack, row_of_tokens
 from learner.reference import Reference
 from learner.samples import choose
 from learner.watch import Watch
@@ -53,6 +58,8 @@ class Snapshot:
 
     weights: list[torch.Tensor]
     """Copies of the parameters, in the model's order."""
+    exact: list[torch.Tensor]
+    """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: dict[str, Any]
     """A copy of the optimizer's moments and counters, by parameter number."""
     version: int
@@ -82,13 +89,22 @@ class Trainer:
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self._folder = folder
-        self._budget, self._chunk = model.micro_batch_tokens, model.logits_chunk
+        self._chunk = model.logits_chunk
         self._schedule = optimizer
         self._objective = objective
         self._watch = Watch(objective)
         self._seed = seed
         self._shape = read_shape(folder)
-        self._model = build_model(self._shape, getattr(torch, model.dtype))
+        self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
+        self._fit = partial(
+            pack,
+            budget=model.micro_batch_tokens,
+            context=parallel_state.get_context_parallel_world_size(),
+            tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        copies = parallel_state.get_data_parallel_world_size()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._cost = cost_of(self._shape) if copies * stages > 1 else None  # they wait for one another
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -136,7 +152,7 @@ class Trainer:
         It does not count as a version.
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
-        batches = pack(rows, self._budget)
+        batches = self._pack(rows)
         (tokens,) = sum_over_ranks([float(sum(len(batch.targets) for batch in batches))])
         losses: list[float] = []
 
@@ -160,7 +176,7 @@ class Trainer:
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""
-        return score(self._model, sequences, self._budget, temperature, self._chunk)
+        return score(self._model, sequences, self._fit, temperature, self._chunk)
 
     def generate(
         self,
@@ -171,7 +187,29 @@ class Trainer:
         seed: int = 0,
     ) -> list[list[int]]:
         """Sampled answers (greedy at temperature 0) without `eos_id`; meant for short ones."""
-        return generate(self._model, prompts, max_new_tokens, eos_id, self._budget, temperature, seed)
+        return generate(self._model, prompts, max_new_tokens, eos_id, self._fit, temperature, seed)
+
+    def parts(self) -> list[Part]:
+        """What a checkpoint holds: views of weights and moments, which the next step changes."""
+        return parts(self._model, self._optimizer)
+
+    def optimizer_steps(self) -> int:
+        """Updates behind the optimizer's moments; steps that were skipped made none."""
+        return optimizer_steps(self._optimizer)
+
+    def save_checkpoint(self, saver: Saver, state: State) -> None:
+        """Begins to save what the trainer is now; the saver knows when it is complete."""
+        saver.begin(state, self.parts())
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint of the run that this trainer, so far untrained, started.
+
+        The reference model, unless it has a checkpoint of its own, is the policy of now. Raises
+        `CheckpointError`.
+        """
+        if self._objective.kl.coefficient:
+            self._reference_at(0)
+        self.version = load(self._model, self._optimizer, folder)
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
@@ -180,14 +218,15 @@ class Trainer:
             key: {name: value.clone() for name, value in state.items()} for key, state in inner.items()
         }
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, moments, self.version)
+        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
         with torch.no_grad():
             for parameter, weights in zip(self._model.parameters(), snapshot.weights, strict=True):
                 parameter.copy_(weights)
-        self._optimizer.reload_model_params()  # where it keeps fp32 copies
+            for own, weights in zip(self._exact(), snapshot.exact, strict=True):
+                own.copy_(weights)
         inner = self._optimizer.optimizer
         moments = {
             key: {name: value.clone() for name, value in state.items()}
@@ -195,6 +234,12 @@ class Trainer:
         }
         inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
         self.version = snapshot.version
+
+    def _exact(self) -> list[torch.Tensor]:
+        """The weights that the optimizer keeps beside the model's."""
+        models = {id(parameter) for parameter in self._model.parameters()}
+        own = (value for group in self._optimizer.param_groups for value in group["params"])
+        return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
         self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
@@ -206,7 +251,7 @@ class Trainer:
             for group, why in chosen.dropped.items():
                 log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
             everywhere = union_over_ranks([group.id for group in chosen.groups])
-            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._budget, sum_over_ranks)
+            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._pack, sum_over_ranks)
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:
@@ -265,6 +310,8 @@ class Trainer:
         logprobs, entropy = target_logprobs(
             self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
         )
+        if not batch.rows:  # only the other ranks' collectives want this pass
+            return logprobs.sum()
         proximal = (
             logprobs.detach() if packed.proximal is None or config.mini_batches == 1 else packed.proximal
         )
@@ -274,6 +321,14 @@ class Trainer:
         result = objective(tokens, totals, config)
         count_tokens(tally, tokens, result, entropy, batch.staleness)
         return result.loss
+
+    def _pack(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        """Micro-batches of this rank's rows, as many as on every data-parallel rank."""
+        batches = self._fit(rows)
+        if self._cost is None:
+            return batches
+        (count,) = max_over_ranks([float(len(batches))])
+        return self._fit(rows, count=int(count), cost=self._cost)
 
     def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
         """Sum the gradients of the micro-batches' losses, and then over the ranks."""

@@ -1,4 +1,4 @@
-"""The learner process: feed, batch, step, commit, offer, until the last step.
+"""The learner process: joins or goes on with a run, trains it, exports the result.
 
 prompts -> queue ... replay stream -> batch -> step -> version -> commit -> weights to the engines
 """
@@ -10,8 +10,7 @@ import logging
 import os
 import signal
 import sys
-import time
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,25 @@ from buffer.client import Stream
 from buffer.config import StreamConfig
 from buffer.errors import Fenced, StreamError
 from buffer.keys import RUNS
-from buffer.ledger import Snapshot
 from buffer.members import Rules
 from buffer.session import Session
-from learner.batch import Batch, next_batch
-from learner.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SftConfig
+from learner.checkpoint.folder import Checkpoint
+from learner.checkpoint.restore import Restore, join
+from learner.checkpoint.schedule import Checkpoints
+from learner.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SftConfig,
+)
 from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
 from learner.errors import LearnerError
 from learner.evaluate import evaluate
 from learner.feed import Feeder
+from learner.loop import Loop
 from learner.record import START, RunRecord, environment
 from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
@@ -45,8 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("learner")
 
-_PATIENCE_S = 10.0
-"""Between two log lines that say why the learner waits."""
 _CHECKED = 8
 """Sequences that engines and learner both score at the end."""
 _ANSWER_TOKENS = 16
@@ -63,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True):
     optimizer: OptimizerConfig
     objective: ObjectiveConfig
     weightsync: WeightSyncConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sft: SftConfig | None = None
     """A supervised warm-up before version 0, or none."""
 
@@ -75,12 +82,11 @@ class Learner:
     """One run, from joining to the export of its last version.
 
     `folder` receives `metrics.jsonl` (a line a step), `timeline.jsonl` (spans of generation and
-    training), `export/` (the trained checkpoint) and `report.json`.
+    training), `checkpoints/`, `export/` (the trained model) and `report.json`.
     """
 
     def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
         self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
-        self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
         self._stopping = False
         self._ranks: Ranks | None = None
 
@@ -89,41 +95,49 @@ class Learner:
         self._stopping = True
 
     def run(self) -> None:
-        """Trains the run. Raises `LearnerError`, `StreamError`, `Stopped`."""
+        """Trains the run, from where it was cut off. Raises `LearnerError`, `StreamError`, `Stopped`."""
         settings = self._settings
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
         if left_out:
             log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
-        session = self._join()
-        with RunRecord(self._folder, self._stream) as record:
-            trainer = self._trainer(Path(settings.model.path))
-            report: dict[str, Any] = {}
-            if settings.sft is not None:
-                report["sft"] = self._warm_up(trainer, tokenizer, record, session)
-                trainer = self._start_over(trainer)
+        session, found = self._join()
+        restore = Restore(session, found, self._start, settings.checkpoint, Rules.of(settings.stream))
+        with RunRecord(self._folder, self._stream, going_on=session.version >= 0) as record:
+            if session.version >= 0:
+                kl = settings.objective.kl
+                trainer = restore.trainer(start_matters=bool(kl.coefficient) and not kl.reference)
+                record.rewind(trainer.version)
+            else:
+                trainer = self._version_0(tokenizer, record, session)
             self._stream.redis.set(self._stream.key("environment"), msgspec.json.encode(environment()))
-            with self._feeder(session, order) as feeder, self._offers(session) as offers:
-                manifest = self._train(trainer, session, offers, record, feeder)
-                report |= self._finish(trainer, tokenizer, manifest)
+            with ExitStack() as stack:
+                checkpoints = self._checkpoints(session, saved=trainer.version)
+                loop = Loop(
+                    trainer,
+                    session,
+                    stack.enter_context(self._offers(session)),
+                    record,
+                    stack.enter_context(self._feeder(session, order)),
+                    stack.enter_context(checkpoints) if checkpoints is not None else None,
+                    restore,
+                    max_steps=settings.stream.max_steps,
+                    stop=self._pass_on_stop,
+                )
+                manifest = loop.run()
+                self._report(self._finish(trainer, tokenizer, manifest))
                 reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
                 session.leave(reason)
         self._dismiss()
-        (self._folder / "report.json").write_bytes(msgspec.json.encode(report))
 
-    def _join(self) -> Session:
-        """Creates the run and puts there what actors need."""
+    def _join(self) -> tuple[Session, list[Checkpoint]]:
+        """Creates the run, or takes it over, and puts there what actors need."""
         stream = self._stream
-        session = Session.join(stream, Rules.of(self._settings.stream))
-        if session.version >= 0:
-            raise LearnerError(
-                f"run {self._settings.name} has {session.version} steps already and no checkpoint to go on "
-                "from; give the new run another name"
-            )
+        session, found = join(stream, Rules.of(self._settings.stream), self._folder / "checkpoints")
         stream.redis.sadd(RUNS, self._settings.name)
         stream.redis.hset(stream.key("files"), mapping=model_files(Path(self._settings.model.path)))
         stream.redis.set(stream.key("config"), self._config)
-        return session
+        return session, found
 
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
@@ -133,10 +147,36 @@ class Learner:
             self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
         )
 
-    def _start_over(self, trainer: Leader) -> Leader:
-        """Version 0 from its own checkpoint, with a fresh optimizer: what a replay starts from, too."""
-        trainer.save(self._folder / START)
-        return self._trainer(self._folder / START)
+    def _start(self) -> Leader:
+        """The trainer that step 0 trains with."""
+        folder = self._folder / START if self._settings.sft is not None else Path(self._settings.model.path)
+        return self._trainer(folder)
+
+    def _version_0(self, tokenizer: Tokenizer, record: RunRecord, session: Session) -> Leader:
+        """The trainer of a new run, after the warm-up if there is one.
+
+        A warm-up ends with version 0 as a checkpoint and a fresh optimizer: what a replay and a run that goes
+        on start from, too.
+        """
+        self._report({}, anew=True)
+        if self._settings.sft is not None:
+            trainer = self._trainer(Path(self._settings.model.path))
+            self._report({"sft": self._warm_up(trainer, tokenizer, record, session)})
+            trainer.save(self._folder / START)
+        return self._start()
+
+    def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
+        config, folder = self._settings.checkpoint, self._folder / "checkpoints"
+        assert self._ranks is not None
+        return Checkpoints(session, config, folder, saved, self._ranks.size) if config.every else None
+
+    def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
+        """Adds to `report.json`, which a run that is cut off goes on with."""
+        path = self._folder / "report.json"
+        before = msgspec.json.decode(path.read_bytes()) if path.exists() and not anew else {}
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(msgspec.json.encode(before | found))
+        partial.rename(path)
 
     def _feeder(self, session: Session, order: PromptOrder) -> Feeder:
         rules, data = self._settings.stream, self._settings.data
@@ -155,76 +195,10 @@ class Learner:
             log=log.info,
         )
 
-    def _train(
-        self, trainer: Leader, session: Session, offers: Offers, record: RunRecord, feeder: Feeder
-    ) -> Manifest:
-        """All steps; the last version's manifest."""
-        manifest = self._publish(trainer, session, offers)
-        self._training_since = time.time()
-        for step in range(self._settings.stream.max_steps):
-            self._pass_on_stop()
-            self._waiting_since = time.monotonic()
-            batch = next_batch(session, step, trainer.read, partial(self._on_wait, feeder))
-            if batch is None:
-                break
-            manifest = self._step(trainer, session, offers, record, batch)
-        return manifest
-
-    def _publish(self, trainer: Leader, session: Session, offers: Offers) -> Manifest:
-        """Commits the current version and offers it to the engines."""
-        tensors = trainer.export()
-        manifest = Manifest.of(trainer.version, tensors)
-        # No checkpoint can be restored yet, so no restore can ask for a trained step again.
-        session.commit(manifest.version, manifest.digest, covered=manifest.version - 1)
-        offers.publish(manifest, tensors)
-        return manifest
-
-    def _step(
-        self, trainer: Leader, session: Session, offers: Offers, record: RunRecord, batch: Batch
-    ) -> Manifest:
-        """Trains one batch, commits the version it makes, records what happened."""
-        began = time.time()
-        metrics = trainer.train_step(batch.groups, batch.step)
-        trained = time.time()
-        manifest = self._publish(trainer, session, offers)
-        ended = time.time()
-        record.trained(batch.step, began, trained)
-        record.generated(batch.groups)
-        self._trained_tokens += metrics["tokens"]
-        record.step(
-            {
-                "step": batch.step,
-                **metrics,
-                "queued": batch.queued,
-                "seconds_wait": batch.waited_s,
-                "seconds_fetch": batch.fetched_s,
-                "seconds_publish": ended - trained,
-                "seconds_push": offers.push_seconds(),
-                "tokens_per_second": self._trained_tokens / (ended - self._training_since),
-                "time_batch": began - batch.fetched_s - batch.waited_s,
-                "time": ended,
-            }
-        )
-        return manifest
-
     def _pass_on_stop(self) -> None:
         """A signal becomes the run's stop, which actors see, too."""
         if self._stopping:
             self._stream.redis.set(self._stream.key("stop"), "signal")
-
-    def _on_wait(self, feeder: Feeder, reason: str) -> None:
-        """Called at each look for a batch that finds none."""
-        self._pass_on_stop()
-        if feeder.error is not None:
-            raise feeder.error
-        if time.monotonic() - self._waiting_since > _PATIENCE_S:
-            self._waiting_since = time.monotonic()
-            ledger = self._stream.call(Snapshot())
-            live = [name for name in ledger.actors if ledger.alive(name)]
-            who = (
-                f"{len(live)} actors are live" if live else "no live actors; start some with `launch actors`"
-            )
-            log.info("waiting for groups (%s): %s", reason, who)
 
     def _warm_up(
         self, trainer: Leader, tokenizer: Tokenizer, record: RunRecord, session: Session

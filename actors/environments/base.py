@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.errors import LoadError
 from actors.loading import find
 from buffer.schema import Prompt

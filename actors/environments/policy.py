@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from actors.config import SamplingConfig
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments.base import Turn
 from actors.errors import EngineError
 
@@ -128,7 +128,7 @@ class Policy:
         """
         room = self.room(context)
         if room == 0:
-            return Turn([], Completion([], [], "length", ""))
+            return Turn([], Completion([], [], "length", []))
         sampling = msgspec.structs.replace(self._sampling, max_new_tokens=room)
         completion = await self._batcher.ask(list(context), self._seed(self._turn), sampling)
         self._turn += 1

@@ -7,6 +7,7 @@ SGLang's own variable ``SGLANG_PLATFORM=slipstream_cpu``.
     serve      the server's main module, ``python -m actors.sglang_cpu.serve``
     platform   the platform: which memory pools, attention and sampling the server uses
     attention  batched attention over the paged key-value cache in plain torch
+    linear_attention, delta_rule   gated DeltaNet over the pools of recurrent states, likewise
     sampling   sampling with a seed for each request
 """
 

@@ -37,6 +37,15 @@ class Layout(NamedTuple):
     """bool [B, 1, T or 1, L]: which tokens a new token may see."""
 
 
+def padded(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ragged batch of `counts` [B] tokens, which lie one after the other, as [B, T]: the row of each
+    token, int64, where padding points at the sequence's first, and which tokens exist, bool."""
+    new = torch.arange(int(counts.max()))
+    real = new < counts[:, None]
+    first = (counts.cumsum(0) - counts)[:, None]
+    return torch.where(real, first + new, first), real
+
+
 class BatchedAttention(AttentionBackend):
     """Causal self-attention, multi-head or grouped-query, for decode and (chunked) prefill.
 
@@ -46,8 +55,8 @@ class BatchedAttention(AttentionBackend):
     def __init__(self, runner: ModelRunner) -> None:
         """Keep the server's pools; `runner` is SGLang's model runner."""
         super().__init__()
-        self.requests = runner.req_to_token_pool
-        self.cache = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
         self.layout: Layout
         """Of the batch under way; SGLang sets it before the first layer."""
 
@@ -55,18 +64,15 @@ class BatchedAttention(AttentionBackend):
         """Lay out the batch, once for all layers."""
         lengths = forward_batch.seq_lens
         seen = torch.arange(int(lengths.max()))
-        slots = self.requests.req_to_token[forward_batch.req_pool_indices, : len(seen)].long()
+        slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, : len(seen)].long()
         exists = seen < lengths[:, None]
         slots = torch.where(exists, slots, slots[:, :1])
         if forward_batch.forward_mode.is_decode():
             self.layout = Layout(slots, None, None, exists[:, None, None, :])
             return
         counts = forward_batch.extend_seq_lens
-        new = torch.arange(int(counts.max()))
-        real = new < counts[:, None]
-        first = (counts.cumsum(0) - counts)[:, None]
-        rows = torch.where(real, first + new, first)
-        position = (lengths - counts)[:, None] + new
+        rows, real = padded(counts)
+        position = (lengths - counts)[:, None] + torch.arange(rows.shape[1])
         mask = seen <= position[:, :, None]
         self.layout = Layout(slots, rows, real, mask[:, None])
 
@@ -125,10 +131,10 @@ class BatchedAttention(AttentionBackend):
         if layer.sliding_window_size > -1 or layer.logit_cap > 0:
             raise ValueError(f"layer {layer.layer_id} has a sliding window or a logit cap")
         if save and k is not None:
-            self.cache.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
     def _attend(self, query: torch.Tensor, mask: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """SDPA of query [B, Hkv, Q, D] with the cached keys and values, [B, Hkv, Q, Dv]."""
-        keys = self.cache.get_key_buffer(layer.layer_id)[self.layout.slots].transpose(1, 2)
-        values = self.cache.get_value_buffer(layer.layer_id)[self.layout.slots].transpose(1, 2)
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)[self.layout.slots].transpose(1, 2)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)[self.layout.slots].transpose(1, 2)
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scaling)

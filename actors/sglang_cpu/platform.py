@@ -28,8 +28,25 @@ def declare_attention_deterministic() -> None:
     add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
 
 
+def torch_functions() -> dict[str, object]:
+    """What stands in for Triton kernels of gated DeltaNet: SGLang's name and ours.
+
+    They are hooks of its registry, which also reaches modules that have imported the original.
+    """
+    from actors.sglang_cpu.delta_rule import add_gated, gated_rms_norm, split_projections
+    from actors.sglang_cpu.linear_attention import GatedDeltaNetAttention
+
+    kernels, layers = "sglang.kernels.ops.attention", "sglang.srt.layers.attention"
+    return {
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": add_gated,
+        f"{kernels}.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat": split_projections,
+        f"{kernels}.fla.fused_norm_gate.rms_norm_gated": gated_rms_norm,
+        f"{layers}.linear.gdn_backend.GDNAttnBackend": GatedDeltaNetAttention,
+    }
+
+
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """A CPU served by plain torch operators: dense models, fp32 or bf16, no CUDA graphs."""
+    """A CPU served by plain torch operators: dense models, experts, gated DeltaNet; no CUDA graphs."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    from actors.sglang_cpu.platform import declare_attention_deterministic
+    from actors.sglang_cpu.platform import declare_attention_deterministic, torch_functions
 
     engine = "sglang.srt.entrypoints.engine"
     HookRegistry.register(f"{engine}._set_envs_and_config", fork_scheduler, HookType.AFTER)
@@ -59,6 +59,8 @@ def main(arguments: list[str]) -> None:
         f"{engine}.Engine._launch_detokenizer_subprocesses", launch_detokenizer, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.managers.load_snapshot.shm_path_for", load_file, HookType.REPLACE)
+    for target, ours in torch_functions().items():
+        HookRegistry.register(target, ours, HookType.REPLACE)
     load_plugins()
     declare_attention_deterministic()
     try:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -28,6 +26,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from learner.convert.dist_index import read_index, write_index
 from learner.errors import ModelError
+
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+"""What Megatron-Core writes of such a folder; importing it for this would take seconds."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -79,12 +80,12 @@ def write_checkpoint_index(folder: Path, pieces: list[Piece]) -> None:
         places[place] = _StorageInfo(piece.file, piece.offset, piece.length)
         whole.chunks.append(ChunkStorageMetadata(torch.Size(piece.start), torch.Size(piece.size)))
     # What is not a tensor: nothing, in the list that Megatron-Core expects there.
-    common, nothing = ShardedObject("common_state", None, (1,), (0,)).unique_key, "common_0.distcp"
+    common, nothing = "common_state/shard_0_1", "common_0.distcp"
     torch.save([{}], folder / nothing)
     tensors[common] = BytesStorageMetadata()
     places[MetadataIndex(common)] = _StorageInfo(nothing, 0, (folder / nothing).stat().st_size)
     write_index(folder, Metadata(tensors, storage_data=places))
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    (folder / "metadata.json").write_bytes(msgspec.json.encode(BACKEND))
 
 
 class DistCheckpoint:

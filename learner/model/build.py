@@ -13,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from learner.config import Recompute
 from learner.errors import ModelError
 from learner.model.cpu import stand_in_for_cuda
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
@@ -31,7 +32,9 @@ CPU_FIELDS = {
 """Fields of Megatron-Core's configuration without a GPU; with one: `learner.model.gpu.config_fields`."""
 
 
-def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+def transformer_config(
+    shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+) -> TransformerConfig:
     """Megatron-Core's description of `shape`: parameters of `dtype`, no dropout."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
@@ -40,7 +43,9 @@ def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32) -> Tran
     if shape.experts is not None:
         fields |= _experts(shape.experts, shape)
     fields |= _gpu().config_fields(latent) if torch.cuda.is_available() else CPU_FIELDS
-    return (MLATransformerConfig if latent else TransformerConfig)(**_common(shape, dtype) | fields)
+    return (MLATransformerConfig if latent else TransformerConfig)(
+        **_common(shape, dtype) | _recompute(shape, recompute) | fields
+    )
 
 
 def _common(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,7 +71,9 @@ def _common(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel | PackedHybrid:
+def build_model(
+    shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+) -> GPTModel | PackedHybrid:
     """The model with uninitialised weights, on the GPU if there is one, in a world joined if it was not.
 
     Its parameters are of `dtype`, but see `keep_gates`. Raises `ModelError` where a part is missing.
@@ -81,15 +88,16 @@ def build_model(shape: Shape, dtype: torch.dtype = torch.float32) -> GPTModel | 
     join_world()
     if torch.cuda.is_available():
         _gpu().prepare()
-    model = _gpt(shape, dtype) if shape.hybrid is None else _hybrid(shape, dtype)
+    build = _gpt if shape.hybrid is None else _hybrid
+    model = build(shape, dtype, recompute)
     keep_gates(model)
     return model
 
 
-def _gpt(shape: Shape, dtype: torch.dtype) -> GPTModel:
+def _gpt(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> GPTModel:
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    config = transformer_config(shape, dtype)
+    config = transformer_config(shape, dtype, recompute)
     latent = isinstance(shape.attention, LatentAttention)
     return GPTModel(
         config=config,
@@ -104,10 +112,24 @@ def _gpt(shape: Shape, dtype: torch.dtype) -> GPTModel:
     )
 
 
-def _hybrid(shape: Shape, dtype: torch.dtype) -> PackedHybrid:
+def _hybrid(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> PackedHybrid:
     from learner.model.hybrid import build_hybrid  # needs Transformer Engine
 
-    return build_hybrid(shape, _common(shape, dtype))
+    return build_hybrid(shape, _common(shape, dtype) | _recompute(shape, recompute))
+
+
+def _recompute(shape: Shape, recompute: Recompute) -> dict[str, Any]:
+    """What the backward pass computes again, in Megatron-Core's terms."""
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = ["mlp"]
+    if not torch.cuda.is_available():  # a GPU's attention kernel does so by itself
+        modules.append("core_attn")
+    if shape.experts is not None:
+        modules.append("moe")
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def keep_gates(model: torch.nn.Module) -> None:

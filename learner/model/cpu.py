@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.tensor_parallel import random as tensor_random
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
@@ -31,10 +32,11 @@ class _NoStream:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Within it ``device="cuda"`` creates tensors on the CPU.
+    """Within it ``device="cuda"`` creates tensors on the CPU, whose types have CUDA's names.
 
-    For constructors only: Megatron-Core's optimizers put a constant on "cuda". A mode costs Python
-    time on every operation, so no training runs inside it.
+    For constructors only: Megatron-Core's optimizers put a constant on "cuda", and the one that keeps fp32
+    copies of bf16 weights knows them by "torch.cuda.BFloat16Tensor". A mode costs Python time on every
+    operation, so no training runs inside it.
     """
 
     def __torch_function__(
@@ -44,7 +46,12 @@ class CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return (
+            result.replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.type and len(args) == 1
+            else result
+        )
 
 
 def stand_in_for_cuda() -> None:
@@ -56,6 +63,9 @@ def stand_in_for_cuda() -> None:
     torch.cuda.current_stream = lambda device=None: stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    # What is computed again gets the random state that it had, though nothing here is random.
+    tensor_random._get_cuda_rng_state = lambda **_: None
+    tensor_random._set_cuda_rng_state = lambda state, **_: None
     # Some functions are compiled at their first call, for which a host needs a C++ compiler.
     torch.compiler.set_stance("force_eager")
     # Gated DeltaNet takes three functions from flash-linear-attention, which needs a GPU.

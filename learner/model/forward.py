@@ -12,7 +12,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from learner.model.attention import PackedSequences
 from learner.model.output import logits_of, logprobs_of
-from learner.packing import MicroBatch, Row, pack, row_of_tokens
+from learner.packing import MicroBatch, Row, row_of_tokens
+
+Pack = Callable[[Sequence[Row]], list[MicroBatch]]
+"""Micro-batches of rows."""
 
 
 def target_logprobs(
@@ -37,14 +40,14 @@ def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 def score(
     model: torch.nn.Module,
     sequences: Sequence[Sequence[int]],
-    budget: int,
+    pack: Pack,
     temperature: float,
     chunk: int,
 ) -> list[np.ndarray]:
     """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each, in the order given."""
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
-    for batch in pack(rows, budget):
+    for batch in pack(rows):
         logprobs, _ = target_logprobs(model, batch, chunk)
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
@@ -58,7 +61,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int,
-    budget: int,
+    pack: Pack,
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
@@ -73,7 +76,7 @@ def generate(
     for _ in range(max_new_tokens):
         # One position is predicted a sequence: the target itself is not known yet, hence the 0.
         rows = [row_of_tokens([*sequences[index], 0], len(sequences[index])) for index in running]
-        logits = _last_logits(model, rows, budget)
+        logits = _last_logits(model, rows, pack)
         for index, token in zip(running, _draw(logits, temperature, source), strict=True):
             sequences[index].append(token)
         running = [index for index in running if sequences[index][-1] != eos_id]
@@ -83,9 +86,9 @@ def generate(
     return [answer[:-1] if answer and answer[-1] == eos_id else answer for answer in answers]
 
 
-def _last_logits(model: torch.nn.Module, rows: list[Row], budget: int) -> torch.Tensor:
+def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
-    batches = pack(rows, budget)
+    batches = pack(rows)
     logits = torch.cat([target_logits(model, batch).float().cpu() for batch in batches])
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
@@ -114,7 +117,7 @@ def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) 
 def _boundaries(batch: MicroBatch) -> PackedSeqParams:
     """What the attention of the batch's device wants to know of its sequences."""
     if not batch.tokens.is_cuda:
-        return PackedSequences.of(batch.cu_seqlens)
+        return PackedSequences.of(batch.cu_seqlens_padded)
     from learner.model.gpu import boundaries  # needs Transformer Engine
 
     return boundaries(batch)

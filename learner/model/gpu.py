@@ -73,8 +73,8 @@ def boundaries(batch: MicroBatch) -> PackedSeqParams:
     """Where sequences of `batch` start and end, for attention, gated DeltaNet and Mamba-2."""
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q=batch.cu_seqlens_padded,  # no token behind a sequence is read
+        cu_seqlens_kv=batch.cu_seqlens_padded,
         max_seqlen_q=batch.max_length,
         max_seqlen_kv=batch.max_length,
         total_tokens=len(batch.tokens),

@@ -77,6 +77,7 @@ def _begin(roles: Roles) -> None:
     actor.applied("a", 0)
     actor.stream.redis.rpush(actor.stream.key("scores:a"), "scores")
     actor.stream.redis.expire(actor.stream.key("scores:a"), 60)
+    actor.stream.redis.hset(actor.stream.key("fleet"), "here/1", "{}")
     actor.stream.redis.hincrbyfloat(actor.stream.key("difficulty"), "0:reward", 1.0)
     assert plain.hgetall(learner.stream.key("difficulty")) == {b"0:reward": b"1"}
     plain.hset(learner.stream.key("curriculum"), "0", "[]")
@@ -136,6 +137,8 @@ def _operate(roles: Roles) -> None:
     assert operator.run.encode() in plain.smembers(RUNS)
     assert plain.hget(operator.key("state"), "ended") == b""
     assert plain.get(operator.key("config")) == b"{}"
+    assert plain.hgetall(operator.key("fleet")) == {b"here/1": b"{}"}
+    plain.hset(operator.key("fleet"), "here/1:wanted", 3)
     letters = plain.xrange(operator.key("dead"))
     entry = next(identity for identity, fields in letters if fields[b"prompt"])  # type: ignore[union-attr]
     assert operator.call(Requeue(entry.decode())).position >= 0

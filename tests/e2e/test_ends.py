@@ -25,6 +25,7 @@ def test_a_stopped_demo_leaves_a_summary_and_nothing_else(tmp_path: Path, how: s
     before = sockets()
     process = launch(tmp_path, "demo", "--json", "stream.max_steps=5000", *QUICK)
     wait_until(lambda: training(tmp_path), 240, "training")
+    assert output(tmp_path, "scale", "actors", "1").endswith(": 1 actors\n")
     if how == "launch stop":
         output(tmp_path, "stop")
     else:

@@ -94,7 +94,7 @@ async def test_answers_carry_transformers_logprobs_after_temperature(engine, mod
         for answer in group:
             expected = reference(model, [3] * length + answer.tokens, temperature)[length - 1 :]
             np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4)
-            assert answer.version_label == "default"
+            assert answer.labels == [(len(answer.tokens), "default")]
 
 
 async def test_a_seed_repeats_an_answer_and_another_changes_it(engine: Engine) -> None:
@@ -131,6 +131,18 @@ async def test_the_stop_token_is_the_last_token_with_its_logprob(engine: Engine,
     assert (only[0].tokens, only[0].finish_reason) == ([word], "stop")
 
 
+async def test_the_engine_says_how_much_it_has_to_do(engine: Engine) -> None:
+    sampling = SamplingConfig(max_new_tokens=400, ignore_eos=True)
+    generating = asyncio.create_task(engine.generate(PROMPT, range(6), sampling))
+    running, usage = 0, 0.0
+    while not generating.done():
+        load = await engine.load()
+        running, usage = max(running, load.running), max(usage, load.usage)
+        await asyncio.sleep(0.05)
+    assert running == 6
+    assert 0.0 < usage < 1.0
+
+
 async def test_a_refused_request_says_why(engine: Engine) -> None:
     with pytest.raises(EngineError, match="/generate: status 400"):
         await engine.generate([1] * 2000, [0], SamplingConfig())
@@ -149,7 +161,7 @@ async def test_weights_arrive_over_gloo_and_the_label_follows(engine: Engine, tm
         found = await engine.score([PROMPT])
         np.testing.assert_allclose(found[0], reference(new, PROMPT), atol=1e-4)
         answer = (await engine.generate(PROMPT, [1], SamplingConfig(max_new_tokens=4)))[0]
-        assert answer.version_label == manifest.label
+        assert answer.labels == [(len(answer.tokens), manifest.label)]
     group.close()
 
 

@@ -50,11 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def scripted_actor(folder: Path, url: str, run: str) -> Iterator[None]:
-    """An actor that answers the same to the same version number."""
+def scripted_actor(folder: Path, url: str, run: str, group_s: float = 0.0) -> Iterator[None]:
+    """An actor that answers the same to the same version number, `group_s` seconds a group."""
     settings = ActorSettings(
         url=url, run=run, name="actor-0", log=str(folder / f"{run}-actor.log"),
-        group_size=4, lease_s=5, concurrency=8, group_s=0, vocabulary=12, by_number=True,
+        group_size=4, lease_s=5, concurrency=8, group_s=group_s, vocabulary=12, by_number=True,
     )  # fmt: skip
     argv = [sys.executable, "-m", "tests.faults.actor", msgspec.json.encode(settings).decode()]
     process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -100,6 +100,31 @@ def test_two_nodes_train_what_one_does(folder: Path) -> None:
         np.testing.assert_allclose(
             [step[name] for step in alone], [step[name] for step in together], atol=1e-5, rtol=1e-4
         )
+
+
+def test_two_nodes_that_were_killed_go_on_to_the_same_bits(folder: Path) -> None:
+    with LocalServer.start(folder / "redis") as server:
+        whole = train(folder, server.url, "whole", "--nodes", "2", "checkpoint.every=4")
+        with scripted_actor(folder, server.url, "cut", group_s=0.1):
+            command = ["learner", "--redis", server.url, "name=cut", "--nodes", "2", "checkpoint.every=4"]
+            process = launch(folder, *command, *SETTINGS)
+            checkpoints = folder / "runs/cut/checkpoints"
+            wait_until(lambda: list(checkpoints.glob("step-*-1")), 60, "a checkpoint", pause=0.02)
+            os.kill(rank_pid(folder, 0), signal.SIGKILL)
+            assert process.wait(60) == 2
+            (first,) = checkpoints.glob("step-*-1")
+            done = finish(folder, *command, *SETTINGS)
+        assert done.returncode == 0, done.stderr
+    assert first.name == "step-00000004-1"
+    assert {path.name for path in first.glob("*.distcp")} == {
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "common_0.distcp",
+    }
+    cut = load_file(folder / "runs/cut/export/model.safetensors")
+    assert all(np.array_equal(whole[name], cut[name]) for name in whole)
+    assert [step["step"] for step in metrics_of(folder / "runs/cut")] == list(range(STEPS))
+    assert "going on from the checkpoint of version" in (folder / "runs/cut/logs/learner.log").read_text()
 
 
 def test_a_rank_that_dies_ends_the_learner_by_name(folder: Path) -> None:

@@ -53,6 +53,8 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     by_number: bool = False
     """Whether answers depend on the version's number instead of its digest, so that learners whose weights
     differ in their last bits are told the same."""
+    state: str = "running"
+    """What its heartbeats say; to one that is `starting` no learner brings weights."""
     patience_s: float = 90.0
     schema: int = SCHEMA_VERSION
     poison: int = -1
@@ -198,7 +200,9 @@ class Actor:
             self.beat_now.clear()
             lost = self.stream.lost
             beat = await self._call(
-                lambda: Heartbeat(self.settings.name, self.epoch, "running", "{}", tuple(self.tasks))
+                lambda: Heartbeat(
+                    self.settings.name, self.epoch, self.settings.state, "{}", tuple(self.tasks)
+                )
             )
             self._close(beat.lost, "no longer wanted")
             if beat.ended:
@@ -217,7 +221,8 @@ class Actor:
         while not own.cancelling():  # which redis-py may have swallowed
             try:
                 newest = int(await self.stream.redis.get(step) or -1)
-                due = newest > self.version or (newest == self.version and not self.declared)
+                # An older one only if Redis no longer counts what is served: after a fork.
+                due = newest > self.version or not self.declared
                 of = await self.stream.redis.hget(versions, str(newest)) if due else None
             except LOST:
                 self.stream.lost += 1
@@ -290,8 +295,8 @@ class Actor:
             await asyncio.sleep(settings.group_s / 2)
             for index, part in enumerate(parts):
                 of = str(serving.number) if settings.by_number else serving.digest
-                tokens, logprobs = speak(of, settings.seed, lease.position, index, begin, length)
-                part.append((table.index(serving), tokens % settings.vocabulary, logprobs))
+                spoken = speak(of, settings.seed, lease.position, index, begin, length, settings.vocabulary)
+                part.append((table.index(serving), *spoken))
             self.faults.at("generating")
         samples = [finished_sample(lease.prompt, part) for part in parts]
         epoch = int(self.epoch.partition(":")[0])

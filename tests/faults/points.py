@@ -48,9 +48,14 @@ class Faults:
 
     def at(self, point: str) -> None:
         """Passes a point, or does not."""
+        if action := self.wanted(point):
+            os.kill(os.getpid(), action)
+
+    def wanted(self, point: str) -> signal.Signals | None:
+        """Counts that a point was reached; the signal that is due there."""
         self._seen[point] += 1
-        if action := self._wanted.get((point, self._seen[point])):
-            os.kill(os.getpid(), _SIGNALS[action])
+        action = self._wanted.get((point, self._seen[point]))
+        return _SIGNALS[action] if action else None
 
 
 def to_the_end(log: Log, live: Callable[[], str]) -> int:

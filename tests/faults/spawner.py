@@ -18,6 +18,7 @@ from buffer.process import end_with_parent
 from tests.faults import actor, learner
 
 MAIN = {"learner": learner.main, "actor": actor.main}
+"""What a process runs; `serve` adds the real learner where it is asked for."""
 
 
 class Start(msgspec.Struct):
@@ -34,9 +35,10 @@ class Start(msgspec.Struct):
 class Spawner:
     """The test's end of the pipe."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, real: bool = False) -> None:
+        """`real`: it can start the real learner, too, whose imports take seconds."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.spawner"],
+            [sys.executable, "-m", "tests.faults.spawner", *(["real"] if real else [])],
             cwd=root,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -84,8 +86,12 @@ def _child(request: Start) -> None:
     os._exit(code)
 
 
-def serve() -> None:
+def serve(*, real: bool) -> None:
     """Answers requests until the test closes the pipe."""
+    if real:
+        from tests.faults import real_learner
+
+        MAIN["real-learner"] = real_learner.main
     for line in sys.stdin.buffer:
         request = msgspec.json.decode(line, type=Start | int)
         if isinstance(request, Start):
@@ -101,4 +107,4 @@ def serve() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    serve()
+    serve(real="real" in sys.argv)

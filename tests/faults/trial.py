@@ -213,11 +213,15 @@ class Trial:
         assert not found, "\n".join(found)
         return ledger
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends what still runs."""
         for process in self._everybody():
             if process.running:
                 process.kill()
+
+    def close(self) -> None:
+        """Ends what still runs, and the connection."""
+        self.end()
         self.stream.close()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from actors.config import SamplingConfig
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments import Environment, SingleTurn
 from actors.errors import SampleError
 from actors.rewards.gsm8k import gsm8k
@@ -92,7 +92,7 @@ def recipe(size: int, **changes: Any) -> Recipe:
 def said(text: str, label: str = "3:aa", finish: Any = "stop") -> Completion:
     """What the policy says, in `Letters`, with a log-probability of -index for each token."""
     tokens = [ord(letter) for letter in text]
-    return Completion(tokens, [-float(index) for index in range(len(tokens))], finish, label)
+    return Completion(tokens, [-float(index) for index in range(len(tokens))], finish, [(len(tokens), label)])
 
 
 def environment(run: Callable[..., Any]) -> Environment:

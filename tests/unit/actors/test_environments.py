@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.config import EnvironmentConfig, SamplingConfig
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments import SingleTurn, ToolUse
 from actors.environments.base import Environment, load_environment
 from actors.environments.policy import Batcher, Policy

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
 from actors.rewards.pool import RewardPool
@@ -98,7 +98,10 @@ async def test_what_is_demonstrated_is_what_a_rollout_holds(tmp_path: Path) -> N
     tokenizer, text = Tokenizer(model), Tokens(model / "tokenizer.json")
     prompt = tokenizer.prompt(first, config.data.template)
     call = [*text.encode(then.removeprefix(first).partition("<")[0]), EOS_ID]
-    turns = [Completion(tokens, [-1.0] * len(tokens), "stop", "3:aa") for tokens in (call, [EOS_ID])]
+    turns = [
+        Completion(tokens, [-1.0] * len(tokens), "stop", [(len(tokens), "3:aa")])
+        for tokens in (call, [EOS_ID])
+    ]
     engine = ScriptedEngine(turns[0], turns[0], turns[1], turns[1])
     tools = load_environment(config.rollout.environment)
     lease = msgspec.structs.replace(LEASE, prompt=Prompt(9, prompt, "#### 1"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from actors.config import LimitsConfig, SamplingConfig
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.errors import EngineError, LoadError, RewardError
 from actors.publish import publish
 from actors.rewards.pool import RewardPool
@@ -17,8 +17,8 @@ from actors.rollout import request_seed, rollout
 from buffer.codec import decode, encode
 from tests.unit.actors.scripted import LEASE, Refusing, ScriptedEngine, environment, recipe
 
-SEVEN = Completion([7], [-0.5], "stop", "3:aa")
-EIGHT = Completion([8, 9], [-1.0, -2.0], "length", "4:bb")
+SEVEN = Completion([7], [-0.5], "stop", [(1, "3:aa")])
+EIGHT = Completion([8, 9], [-1.0, -2.0], "length", [(2, "4:bb")])
 
 
 async def test_the_record_says_what_the_engine_said() -> None:
@@ -52,13 +52,13 @@ def test_a_seed_depends_on_everything_that_is_sampled_and_on_nothing_else() -> N
 
 
 async def test_weights_that_nobody_committed_are_not_recorded() -> None:
-    engine = ScriptedEngine(*[Completion([7], [-0.5], "stop", "default")] * 2)
+    engine = ScriptedEngine(*[Completion([7], [-0.5], "stop", [(1, "default")])] * 2)
     with pytest.raises(EngineError, match="weights nobody committed"):
         await rollout(engine, LEASE, recipe(2))
 
 
 async def test_a_logprob_that_is_no_number_is_the_engines_fault() -> None:
-    engine = ScriptedEngine(*[Completion([7], [float("nan")], "stop", "3:aa")] * 2)
+    engine = ScriptedEngine(*[Completion([7], [float("nan")], "stop", [(1, "3:aa")])] * 2)
     group = await rollout(engine, LEASE, recipe(2))
     with pytest.raises(EngineError, match=r"samples\[0\].logprobs: got a value that is not finite"):
         await publish(None, group, epoch="2:x", token="7:x")  # type: ignore[arg-type]

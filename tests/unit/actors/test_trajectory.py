@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine import Completion
+from actors.continuation import Completion
 from actors.environments.base import Turn
 from actors.errors import SampleError
 from actors.trajectory import lay_out
@@ -18,7 +18,8 @@ from actors.trajectory import lay_out
 
 def own(tokens: list[int], label: str = "3:aa", finish: Any = "stop") -> Turn:
     """A turn of the policy's, with minus each token as its log-probability."""
-    return Turn(tokens, Completion(tokens, [-float(token) for token in tokens], finish, label))
+    labels = [(len(tokens), label)] if tokens else []
+    return Turn(tokens, Completion(tokens, [-float(token) for token in tokens], finish, labels))
 
 
 def test_a_conversation_with_a_tool() -> None:

@@ -62,6 +62,7 @@ async def work(
     stream = Written()
     actor = Actor(stream, "actor-0", settings, model, folder)  # type: ignore[arg-type]
     actor.epoch = "2:x"
+    actor._on_applied(LEASE.version)
     task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe()))  # type: ignore[arg-type]
     actor._tasks[LEASE.token] = task
     await actor._slots.acquire()
@@ -103,7 +104,7 @@ async def test_a_group_without_two_verdicts_is_closed_as_reward(
     assert stream.calls == [Drop("actor-0", "2:x", LEASE.token, "reward")]
     assert not actor._failed.done()
     assert "1 of 3 samples are valid, expected 2 or more (deadline 2)" in caplog.text
-    assert actor._slots._value == RolloutConfig().concurrency
+    assert actor._slots.taken == 0
 
 
 async def test_a_reward_that_cannot_be_loaded_ends_the_actor_and_closes_nothing(tmp_path: Path) -> None:
@@ -119,3 +120,22 @@ async def test_an_engine_that_returns_nothing_closes_the_group_as_engine(tmp_pat
     assert stream.calls == [Drop("actor-0", "2:x", LEASE.token, "engine")]
     with pytest.raises(EngineError, match="got 0 answers, expected 2"):
         await actor._failed
+
+
+async def test_a_lease_waits_until_the_engine_serves_its_version(tmp_path: Path) -> None:
+    """As after a restart: the engine serves something older, or nothing yet."""
+    model, stream = make_tiny_qwen3(tmp_path / "model", seed=0), Written()
+    settings = Settings(3, StreamConfig(group_size=2), RolloutConfig(reward={}), EngineConfig())
+    actor = Actor(stream, "actor-0", settings, model, tmp_path)  # type: ignore[arg-type]
+    actor.epoch = "2:x"
+    actor._on_applied(LEASE.version - 1)
+    engine = ScriptedEngine(said("a"), said("b"))
+    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe()))  # type: ignore[arg-type]
+    actor._tasks[LEASE.token] = task
+    await actor._slots.acquire()
+    await asyncio.sleep(0.05)
+    assert engine.asked == []
+    actor._on_applied(LEASE.version)
+    await task
+    assert len(engine.asked) == 1
+    await actor._rewards.close()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks.groups import realistic_group
 from benchmarks.harness import table
+from benchmarks.packing import AIM, log_normal, rows_of, waste
 from benchmarks.queue import JSON, OURS, RAW
 from benchmarks.rules import Others
 from benchmarks.simulation import Fleet, Simulation, length
@@ -46,6 +48,22 @@ def test_admission() -> None:
     for figures in result["actors"].values():
         assert figures["admissions_per_s"] > 0
         assert all(figures[f"{call}_us"] > 0 for call in ("admit", "drop", "publish", "assign", "commit"))
+
+
+def test_packing() -> None:
+    result = quick("packing")
+    assert len(result["lengths"]) == 2
+    for figures in result["lengths"].values():
+        assert figures["padding_1x1"] == 0 < figures["padding_padded"]
+        assert figures["packed_tokens_per_s"] > 0 < figures["padded_tokens_per_s"]
+        assert figures["by_size"] < figures["in_turn"]
+
+
+@pytest.mark.parametrize(("median", "spread"), [(100, 0.4), (300, 1.0)])
+def test_packed_batches_are_hardly_padded(median: float, spread: float) -> None:
+    found = waste(rows_of(log_normal(median, spread, 4000)))
+    assert max(value for name, value in found.items() if name != "padding_padded") < AIM
+    assert found["padding_padded"] > 0.2
 
 
 def test_late_policies(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from launch.cli import build_parser, main
 
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
-    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--record"],
+    "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
     "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
     "actors": ["--count", "--run", "--redis"],
+    "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
     "redis-users": ["--run", "--redis"],
     "doctor": ["--run", "--json", "--redis"],
@@ -70,6 +71,7 @@ def test_the_options_are_these() -> None:
             ["convert", "hf-to-mcore", "a", "--out", "b", "--like", "c"],
             "--like: got c, expected no such option",
         ),
+        (["demo", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )

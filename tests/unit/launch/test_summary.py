@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from buffer.ledger import Counts, Ledger
+from buffer.ledger import ActorRecord, Counts, Ledger
 from launch.plots import plot_run
-from launch.summary import overlap, summarise
+from launch.summary import overlap, summarise, utilisation
 
 
 def ledger() -> Ledger:
@@ -88,3 +88,15 @@ def test_overlap_counts_training_time_once() -> None:
         {"kind": "generate", "start": 1.0, "end": 1.5},
     ]
     assert overlap(spans) == 0.5
+
+
+def test_engines_are_used_as_much_as_their_actors_say() -> None:
+    def actor(**stats: float) -> ActorRecord:
+        return ActorRecord("1:x", 3, "running", 0, "host", stats)
+
+    found = msgspec.structs.replace(
+        ledger(),
+        actors={"a": actor(held_s=10.0, busy_s=9.0), "b": actor(held_s=30.0, busy_s=30.0), "c": actor()},
+    )
+    assert utilisation(found) == 39 / 40
+    assert utilisation(ledger()) is None

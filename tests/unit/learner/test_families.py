@@ -14,7 +14,7 @@ from megatron.core.ssm.gated_delta_net import gdn
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.names import rules
 from learner.model import forward
-from learner.model.forward import target_logits
+from learner.model.forward import target_logits, target_logprobs
 from learner.packing import pack, row_of_tokens
 from learner.step import Trainer
 from tests.unit.learner.families import CASES, make_family, router_margin, stored_tensors
@@ -77,6 +77,22 @@ def test_packed_equals_unpacked(family: Family) -> None:
     alone = make_trainer(family[0], tokens=1).score(sequences())
     for packed, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(packed, single, atol=1e-5)
+
+
+def test_padding_for_a_layout_changes_nothing(family: Family) -> None:
+    rows = [row_of_tokens(sequence, 1) for sequence in sequences()]
+    found = []
+    for context, tensor in ((1, 1), (3, 5)):
+        trainer = make_trainer(family[0])
+        (batch,) = pack(rows, 1000, context=context, tensor=tensor)
+        logprobs, _ = target_logprobs(trainer._parallel, batch, 1000)
+        logprobs.sum().backward()
+        gradient = torch.cat([value.main_grad.flatten() for value in trainer._model.parameters()])
+        found.append((len(batch.tokens), logprobs.detach(), gradient))
+    (plain, expected, right), (padded, got, gradient) = found
+    assert plain < padded
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert (gradient - right).abs().max() <= 1e-5 * right.abs().max()
 
 
 def test_a_round_trip_keeps_every_bit(family: Family) -> None:

@@ -16,6 +16,7 @@ from learner.ranks import (
     Follower,
     Generate,
     GoBack,
+    GoOn,
     Keep,
     Load,
     Order,
@@ -54,6 +55,7 @@ def test_every_order_is_a_call_of_the_trainer() -> None:
             Export(),
             Score([[1, 2]], 0.7),
             Generate([[1]], 4, 0, 1.0, 9),
+            GoOn("step-7"),
             Load("other"),
         ],
         load,
@@ -69,6 +71,7 @@ def test_every_order_is_a_call_of_the_trainer() -> None:
         call.export(),
         call.score([[1, 2]], 0.7),
         call.generate(prompts=[[1]], max_new_tokens=4, eos_id=0, temperature=1.0, seed=9),
+        call.load_checkpoint(Path("step-7")),
     ]
 
 

@@ -18,6 +18,7 @@ from learner.metrics import row_of
 from learner.minibatch import less_divergence, scored, split
 from learner.objective import Tokens
 from learner.objective.losses import Surrogate
+from learner.packing import MicroBatch, Row, pack
 from learner.step import Trainer
 from tests.unit.learner.groups import make_group
 from tests.unit.learner.test_step import QUICK, batch_of, digest, make_trainer
@@ -343,7 +344,11 @@ def test_length_of_a_group_and_advantages_are_those_of_valid_samples(make_checkp
 def test_each_sample_pays_for_its_own_tokens() -> None:
     """Packing reorders samples; here a policy whose log-ratio to the reference is a token's id / 100."""
     groups = batch_of(0)
-    minis = split(groups, [group.id for group in groups], 2, 0, 40, list)
+
+    def packed(rows: list[Row]) -> list[MicroBatch]:
+        return pack(rows, 40, count=10)  # the last of them empty
+
+    minis = split(groups, [group.id for group in groups], 2, 0, packed, list)
     minis = scored(minis, lambda batch: batch.targets / 100, "proximal")
     minis = scored(minis, lambda batch: torch.zeros(len(batch.targets)), "reference")
     priced = less_divergence(minis, ObjectiveConfig(kl=KlConfig(coefficient=2.0)))

@@ -1,0 +1,153 @@
+"""The steps of a run: batch, step, version, commit, offer, checkpoint, until the last.
+
+After a restart the first of them are steps that were trained or assigned before: the same batches, from
+their manifests, to the same versions, which are not committed or offered a second time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from buffer.ledger import Snapshot
+from buffer.session import Session
+from learner.batch import Batch, PayloadGone, next_batch
+from learner.checkpoint.restore import Restore
+from learner.checkpoint.schedule import Checkpoints
+from learner.feed import Feeder
+from learner.record import RunRecord
+from weightsync.manifest import Manifest
+from weightsync.offer import Offers
+
+if TYPE_CHECKING:
+    from learner.ranks import Leader
+
+log = logging.getLogger("learner")
+
+_PATIENCE_S = 10.0
+"""Between two log lines that say why the learner waits."""
+
+
+class Loop:
+    """Trains from the version that the trainer is at.
+
+    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, stop=print)
+    loop.run()          # the manifest of the last version
+    """
+
+    def __init__(
+        self,
+        trainer: Leader,
+        session: Session,
+        offers: Offers,
+        record: RunRecord,
+        feeder: Feeder,
+        checkpoints: Checkpoints | None,
+        restore: Restore,
+        *,
+        max_steps: int,
+        stop: Callable[[], None],
+    ) -> None:
+        """`checkpoints`: absent, payloads are deleted as soon as they are trained. `stop` is called often;
+        it hands on a stop that a signal asked for."""
+        self._trainer, self._session, self._offers, self._record = trainer, session, offers, record
+        self._feeder, self._checkpoints, self._restore = feeder, checkpoints, restore
+        self._max_steps, self._pass_on_stop = max_steps, stop
+        self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
+
+    def run(self) -> Manifest:
+        """All steps; the last version's manifest."""
+        manifest = self._publish()
+        self._training_since = time.time()
+        while self._trainer.version < self._max_steps:
+            self._pass_on_stop()
+            self._waiting_since = time.monotonic()
+            try:
+                batch = next_batch(
+                    self._session,
+                    self._trainer.version,
+                    self._trainer.read,
+                    partial(self._on_wait, manifest),
+                )
+            except PayloadGone as gone:
+                self._restore.fork(self._trainer.version, str(gone))
+                manifest = self._publish()
+                continue
+            if batch is None:
+                break
+            manifest = self._step(batch)
+        if self._checkpoints is not None:
+            self._checkpoints.last(self._trainer, manifest.digest)
+        return manifest
+
+    def _publish(self) -> Manifest:
+        """Commits the version of now, offers it to the engines, and saves it now and then.
+
+        Of a version committed before, the digest of then counts: weights that came out differently, as they
+        may on a GPU, go on being trained but are neither offered nor saved.
+        """
+        session, tensors = self._session, self._trainer.export()
+        manifest = Manifest.of(self._trainer.version, tensors)
+        newest = manifest.version >= session.version
+        if newest:
+            covered = -1 if self._checkpoints is not None else manifest.version - 1
+            committed = session.commit(manifest.version, manifest.digest, covered=covered).digest
+        else:
+            committed = session.known.versions.get(manifest.version, manifest.digest)
+        if committed != manifest.digest:
+            log.warning("version %d is %s again, it was %s", manifest.version, manifest.digest, committed)
+            return manifest
+        if newest:
+            self._offers.publish(manifest, tensors)
+        if self._checkpoints is not None and manifest.version:
+            self._checkpoints.after_step(self._trainer, manifest.digest)
+        return manifest
+
+    def _step(self, batch: Batch) -> Manifest:
+        """Trains one batch, commits the version it makes, records what happened."""
+        record, began = self._record, time.time()
+        metrics = self._trainer.train_step(batch.groups, batch.step)
+        trained = time.time()
+        manifest = self._publish()
+        ended = time.time()
+        record.trained(batch.step, began, trained)
+        record.generated(batch.groups)
+        self._trained_tokens += metrics["tokens"]
+        record.step(
+            {
+                "step": batch.step,
+                **metrics,
+                "queued": batch.queued,
+                "seconds_wait": batch.waited_s,
+                "seconds_fetch": batch.fetched_s,
+                "seconds_publish": ended - trained,
+                "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints is not None else 0.0,
+                "seconds_push": self._offers.push_seconds(),
+                "tokens_per_second": self._trained_tokens / (ended - self._training_since),
+                "time_batch": began - batch.fetched_s - batch.waited_s,
+                "time": ended,
+            }
+        )
+        return manifest
+
+    def _on_wait(self, manifest: Manifest, reason: str) -> None:
+        """Called at each look for a batch that finds none."""
+        self._pass_on_stop()
+        if self._feeder.error is not None:
+            raise self._feeder.error
+        if self._checkpoints is not None:
+            if reason in ("uncovered", "memory"):
+                self._checkpoints.needed(self._trainer, manifest.digest)
+            else:
+                self._checkpoints.look()
+        if time.monotonic() - self._waiting_since > _PATIENCE_S:
+            self._waiting_since = time.monotonic()
+            log.info("waiting for groups (%s): %s", reason, self._who())
+
+    def _who(self) -> str:
+        ledger = self._session.stream.call(Snapshot())
+        live = [name for name in ledger.actors if ledger.alive(name)]
+        return f"{len(live)} actors are live" if live else "no live actors; start some with `launch actors`"

@@ -1,0 +1,111 @@
+"""Mixtures of experts and gated DeltaNet in real SGLang on the CPU: its numbers are transformers' and the
+learner's, in prompts and in answers, for one request and for several, before and after new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.config import EngineConfig, SamplingConfig
+from actors.engine import Engine
+from launch.tiny_model import make_tiny
+from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.step import Trainer
+from tests.e2e.test_engine import meet, reference
+from weightsync.manifest import Manifest
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TOLERANCE = 1e-4
+LENGTHS = (2, 3, 17, 64, 5, 130, 33, 100)
+"""Of prompts; the longest come in several parts, see `CONFIG`."""
+CONFIG = EngineConfig(
+    max_running_requests=16,
+    max_total_tokens=4096,
+    start_timeout_s=120,
+    server_args={"chunked-prefill-size": 48},
+)
+
+
+def perturbed(source: Path, folder: Path, seed: int) -> Path:
+    """A copy of a checkpoint in which every tensor is another, norms and biases too."""
+    shutil.copytree(source, folder)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(source / "model.safetensors")
+    noisy = {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_next"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two checkpoints of one family."""
+    root = tmp_path_factory.mktemp(request.param)
+    made = make_tiny(request.param, root / "made", seed=0)
+    return [perturbed(made, root / str(seed), seed) for seed in (1, 2)]
+
+
+class Policy:
+    """One checkpoint, as transformers and as the learner compute it."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.trainer = Trainer(folder, ModelConfig(path=str(folder)), OptimizerConfig(), ObjectiveConfig())
+
+    def difference(self, sequence: list[int], found: list[float] | np.ndarray) -> float:
+        """How far log-probabilities of the last tokens are from either."""
+        last = slice(-len(found), None)
+        ways = (reference(self.model, sequence), self.trainer.score([sequence])[0])
+        return max(float(np.abs(np.asarray(found) - way[last]).max()) for way in ways)
+
+
+async def worst(engine: Engine, policy: Policy) -> dict[str, float]:
+    """Largest difference of prompts, of 64 tokens of one answer, and of eight at the same time."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, length).tolist() for length in LENGTHS]
+    sampling = SamplingConfig(max_new_tokens=64, ignore_eos=True)
+
+    async def answer(prompt: list[int], seed: int) -> float:
+        (completion,) = await engine.generate(prompt, [seed], sampling)
+        assert len(completion.tokens) == 64
+        return policy.difference(prompt + completion.tokens, completion.logprobs)
+
+    scored = await engine.score(prompts)
+    return {
+        "prompts": max(map(policy.difference, prompts, scored)),
+        "one": await answer(prompts[2], 0),
+        "eight": max(await asyncio.gather(*(answer(prompt, n) for n, prompt in enumerate(prompts)))),
+    }
+
+
+async def test_scores_and_answers_equal_transformers_and_the_learner(folders: list[Path]) -> None:
+    before, after = map(Policy, folders)
+    log = folders[0] / "engine.log"
+    engine = await Engine.start(folders[0], CONFIG, name="t", seed=0, log=log, load_format="auto")
+    try:
+        found = await worst(engine, before)
+        assert max(found.values()) < TOLERANCE, found
+        tensors = after.trainer.export()
+        manifest = Manifest.of(1, tensors)
+        group = await meet(engine, "families")
+        update = asyncio.create_task(engine.update_weights(group="families", manifest=manifest))
+        await asyncio.to_thread(group.send, tensors)
+        await update
+        group.close()
+        found = await worst(engine, after)
+        assert max(found.values()) < TOLERANCE, found
+        stale = await worst(engine, before)
+        assert min(stale.values()) > 100 * TOLERANCE, stale
+    finally:
+        await engine.stop()

@@ -1,0 +1,90 @@
+"""Groups in flight: a number that follows a scripted engine's load, and places that follow the number."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from actors.concurrency import Load, Slots, adapt, next_limit
+from actors.config import AdaptiveConfig, RolloutConfig
+from actors.errors import EngineError
+
+CONFIG = AdaptiveConfig(least=2, most=20, every_s=0.001, usage_max=0.8, add=2, factor=0.5)
+IDLE, BUSY, FULL = Load(64, 8, 0.5), Load(64, 17, 0.5), Load(64, 0, 0.81)
+
+
+@pytest.mark.parametrize(
+    ("limit", "load", "short", "then"),
+    [
+        (10, IDLE, True, 12),
+        (19, IDLE, True, 20),
+        (20, IDLE, True, 20),
+        (10, IDLE, False, 10),
+        (10, BUSY, True, 5),
+        (10, FULL, False, 5),
+        (3, BUSY, True, 2),
+        (2, BUSY, True, 2),
+    ],
+)
+def test_it_grows_by_steps_and_shrinks_by_shares(limit: int, load: Load, short: bool, then: int) -> None:
+    assert next_limit(limit, load, CONFIG, short=short, group_size=16) == then
+
+
+def test_an_overload_always_takes_at_least_one_place() -> None:
+    config = msgspec.structs.replace(CONFIG, factor=0.99)
+    assert next_limit(5, BUSY, config, short=True, group_size=16) == 4
+
+
+async def test_places_follow_the_engine() -> None:
+    """An engine that bears 7 groups of 16: the number climbs to it, is halved above it, climbs again."""
+    slots, limits = Slots(2), []
+
+    async def load() -> Load:
+        limits.append(slots.limit)
+        while slots.taken < slots.limit:  # there are leases for every place, and for more
+            await slots.acquire()
+        while slots.taken > slots.limit:
+            slots.release()
+        waiting = max(0, 16 * (slots.taken - 7))
+        return Load(16 * slots.taken - waiting, waiting, 0.1)
+
+    config = msgspec.structs.replace(CONFIG, add=1)
+    task = asyncio.create_task(adapt(slots, load, config, 16))
+    while len(limits) < 17:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    assert limits[:15] == [2, 3, 4, 5, 6, 7, 8, 9, 4, 5, 6, 7, 8, 9, 4]
+
+
+async def test_a_place_is_waited_for_and_a_lower_limit_takes_none_away() -> None:
+    slots = Slots(2)
+    await slots.acquire()
+    assert not slots.was_short()
+    await slots.acquire()
+    waiting = asyncio.create_task(slots.acquire())
+    await asyncio.sleep(0)
+    assert (slots.taken, waiting.done(), slots.was_short()) == (2, False, True)
+    slots.limit = 1
+    await asyncio.sleep(0)
+    slots.release()
+    await asyncio.sleep(0)
+    assert (slots.taken, waiting.done()) == (1, False)
+    slots.limit = 3
+    await asyncio.wait_for(waiting, 1)
+    assert slots.taken == 2
+
+
+async def test_an_engine_that_does_not_say_its_load_has_failed() -> None:
+    async def load() -> Load:
+        raise EngineError("gone")
+
+    with pytest.raises(EngineError, match="gone"):
+        await asyncio.wait_for(adapt(Slots(2), load, CONFIG, 16), 1)
+
+
+@pytest.mark.parametrize("concurrency", [1, 21])
+def test_it_begins_within_its_bounds(concurrency: int) -> None:
+    with pytest.raises(msgspec.ValidationError, match=f"concurrency: got {concurrency}, expected 2 to 20"):
+        msgspec.convert({"concurrency": concurrency, "adaptive": {"least": 2, "most": 20}}, RolloutConfig)

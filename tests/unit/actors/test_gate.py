@@ -1,0 +1,68 @@
+"""The gate before an engine: nothing is within while it is closed, and it always opens again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from actors.errors import EngineError
+from actors.gate import Gate
+
+
+async def pass_until(gate: Gate, done: asyncio.Event, seen: list[str], name: str) -> None:
+    async with gate.passing():
+        seen.append(f"{name} in")
+        await done.wait()
+    seen.append(f"{name} out")
+
+
+async def test_requests_are_ended_and_new_ones_wait() -> None:
+    gate, done, seen = Gate(), asyncio.Event(), []
+    running = [asyncio.create_task(pass_until(gate, done, seen, name)) for name in "ab"]
+    await asyncio.sleep(0)
+    assert (gate.within, gate.is_open) == (2, True)
+
+    async def end() -> None:
+        seen.append("end")
+        if seen.count("end") == 2:  # the first time one was on its way in
+            done.set()
+
+    async with gate.closed(end, 5.0):
+        assert (gate.within, gate.is_open) == (0, False)
+        late = asyncio.create_task(pass_until(gate, done, seen, "c"))
+        await asyncio.sleep(0.01)
+        seen.append("updated")
+    await asyncio.gather(*running, late)
+    assert seen == ["a in", "b in", "end", "end", "a out", "b out", "updated", "c in", "c out"]
+
+
+async def test_without_an_end_they_are_waited_for() -> None:
+    gate, done, seen = Gate(), asyncio.Event(), []
+    running = asyncio.create_task(pass_until(gate, done, seen, "a"))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_later(0.05, done.set)
+    async with gate.closed(None, 5.0):
+        seen.append("updated")
+    await running
+    assert seen == ["a in", "a out", "updated"]
+
+
+async def test_one_that_does_not_come_out_is_named_and_the_gate_opens_again() -> None:
+    gate, done = Gate(), asyncio.Event()
+    running = asyncio.create_task(pass_until(gate, done, [], "a"))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineError, match=r"1 requests did not end within 0\.05 s"):
+        async with gate.closed(None, 0.05):
+            pytest.fail("somebody is within")
+    assert gate.is_open
+    done.set()
+    await running
+
+
+async def test_it_opens_after_a_failure_within_the_block() -> None:
+    gate = Gate()
+    with pytest.raises(ValueError, match="no"):
+        async with gate.closed(None, 1.0):
+            raise ValueError("no")
+    assert gate.is_open
