@@ -95,8 +95,8 @@ def test_packed_equals_one_by_one_and_leaks_without_boundaries(
     honest: Callable[[MicroBatch], object] = forward._boundaries
 
     def leaky(batch: MicroBatch) -> object:
-        length = len(batch.tokens)
-        return honest(replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], max_length=length))
+        ends, length = batch.cu_seqlens_padded[[0, -1]], len(batch.tokens)
+        return honest(replace(batch, cu_seqlens=ends, cu_seqlens_padded=ends, max_length=length))
 
     monkeypatch.setattr(forward, "_boundaries", leaky)
     leaking = trainer.score(sequences())
