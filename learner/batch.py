@@ -1,15 +1,16 @@
-"""Waiting for the next safe batch and reading its groups."""
+"""Waiting for a safe batch and fetching this rank's share of it."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
 import msgspec
 
 from buffer.batches import Manifest
-from buffer.schema import Group
 from buffer.session import Session
+from buffer.stream import Frame
 
 TICK_S = 0.5
 """How long the learner sleeps on the bell; each look also advances the run's clock."""
@@ -20,34 +21,40 @@ class PayloadGone(Exception):
 
 
 class Batch(msgspec.Struct, eq=False):
-    """What one step trains."""
+    """What one step is to train, as fetched."""
 
     step: int
-    groups: list[Group]
-    """Those of this rank, in canonical order, by group id."""
+    manifest: Manifest
+    frames: list[Frame]
+    """This rank's share: each row with its group, or why there is none."""
     queued: int
     """Groups that were ready and stay queued."""
-    waited_s: float
-    """How long the learner had nothing to train."""
     fetched_s: float
     """How long reading and decoding took."""
+    waited_s: float = 0.0
+    """How long the learner had nothing to train."""
 
 
-Reader = Callable[[Session, int, Manifest], list[Group]]
-"""Reads the groups of a step's manifest, in canonical order, and strikes those that cannot be read."""
+Fetch = Callable[[int, Manifest], list[Frame]]
+"""Reads this rank's share of a step's manifest."""
 
 
-def next_batch(session: Session, step: int, read: Reader, on_wait: Callable[[str], None]) -> Batch | None:
-    """The batch of a step, or None once the run is over. `on_wait` hears each reason to wait."""
-    stream, began = session.stream, time.monotonic()
-    while True:
+def look_for_batch(
+    session: Session, step: int, fetch: Fetch, on_wait: Callable[[str], None], stopped: threading.Event
+) -> Batch | None:
+    """The batch of a step once there is one; None when the run is over, or `stopped` is set while it waits.
+
+    `on_wait` hears each reason to wait.
+    """
+    stream = session.stream
+    while not stopped.is_set():
         answer = session.assign(step)
         if answer.status == "end":
             return None
         if answer.status == "batch":
-            break
+            began, manifest = time.monotonic(), answer.manifest
+            frames = fetch(step, manifest)
+            return Batch(step, manifest, frames, answer.ready, time.monotonic() - began)
         on_wait(answer.reason)
         stream.take(stream.key("bell"), TICK_S)
-    found = time.monotonic()
-    groups = read(session, step, answer.manifest)
-    return Batch(step, groups, answer.ready, found - began, time.monotonic() - found)
+    return None

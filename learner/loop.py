@@ -13,11 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from buffer.ledger import Snapshot
+from buffer.schema import Group
 from buffer.session import Session
-from learner.batch import Batch, PayloadGone, next_batch
+from learner.batch import Batch, PayloadGone
 from learner.checkpoint.restore import Restore
 from learner.checkpoint.schedule import Checkpoints
 from learner.feed import Feeder
+from learner.gate import check
+from learner.prefetch import Prefetch
 from learner.record import RunRecord
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
@@ -34,7 +37,7 @@ _PATIENCE_S = 10.0
 class Loop:
     """Trains from the version that the trainer is at.
 
-    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, stop=print)
+    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, ...)
     loop.run()          # the manifest of the last version
     """
 
@@ -49,38 +52,44 @@ class Loop:
         restore: Restore,
         *,
         max_steps: int,
+        mismatch: float,
         stop: Callable[[], None],
     ) -> None:
-        """`checkpoints`: absent, payloads are deleted as soon as they are trained. `stop` is called often;
-        it hands on a stop that a signal asked for."""
+        """`checkpoints`: absent, payloads are deleted as soon as they are trained. `mismatch`: see
+        `objective.abort`. `stop` is called often; it hands on a stop that a signal asked for."""
         self._trainer, self._session, self._offers, self._record = trainer, session, offers, record
         self._feeder, self._checkpoints, self._restore = feeder, checkpoints, restore
-        self._max_steps, self._pass_on_stop = max_steps, stop
+        self._max_steps, self._mismatch, self._pass_on_stop = max_steps, mismatch, stop
         self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
 
     def run(self) -> Manifest:
         """All steps; the last version's manifest."""
         manifest = self._publish()
         self._training_since = time.time()
+        with Prefetch(self._session, partial(self._trainer.fetch, self._session)) as batches:
+            manifest = self._steps(batches, manifest)
+        if self._checkpoints is not None:
+            self._checkpoints.last(self._trainer, manifest.digest)
+        return manifest
+
+    def _steps(self, batches: Prefetch, manifest: Manifest) -> Manifest:
+        """Steps until the last or the run's end; `manifest` is that of the version now."""
         while self._trainer.version < self._max_steps:
             self._pass_on_stop()
             self._waiting_since = time.monotonic()
+            batch = batches.next(self._trainer.version, partial(self._on_wait, manifest))
+            if batch is None:
+                break
             try:
-                batch = next_batch(
-                    self._session,
-                    self._trainer.version,
-                    self._trainer.read,
-                    partial(self._on_wait, manifest),
-                )
+                groups = self._trainer.read(self._session, batch)
             except PayloadGone as gone:
                 self._restore.fork(self._trainer.version, str(gone))
                 manifest = self._publish()
                 continue
-            if batch is None:
-                break
-            manifest = self._step(batch)
-        if self._checkpoints is not None:
-            self._checkpoints.last(self._trainer, manifest.digest)
+            batches.ahead(batch.step + 1)
+            if batch.step == 0:
+                check(groups, 0, self._trainer.score, self._mismatch)
+            manifest = self._step(batch, groups)
         return manifest
 
     def _publish(self) -> Manifest:
@@ -106,15 +115,15 @@ class Loop:
             self._checkpoints.after_step(self._trainer, manifest.digest)
         return manifest
 
-    def _step(self, batch: Batch) -> Manifest:
+    def _step(self, batch: Batch, groups: list[Group]) -> Manifest:
         """Trains one batch, commits the version it makes, records what happened."""
         record, began = self._record, time.time()
-        metrics = self._trainer.train_step(batch.groups, batch.step)
+        metrics = self._trainer.train_step(groups, batch.step)
         trained = time.time()
         manifest = self._publish()
         ended = time.time()
         record.trained(batch.step, began, trained)
-        record.generated(batch.groups)
+        record.generated(groups)
         self._trained_tokens += metrics["tokens"]
         record.step(
             {
@@ -124,10 +133,11 @@ class Loop:
                 "seconds_wait": batch.waited_s,
                 "seconds_fetch": batch.fetched_s,
                 "seconds_publish": ended - trained,
-                "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints is not None else 0.0,
+                "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints else 0.0,
+                "seconds_saving": self._checkpoints.saving_s if self._checkpoints else 0.0,
                 "seconds_push": self._offers.push_seconds(),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
-                "time_batch": began - batch.fetched_s - batch.waited_s,
+                "time_batch": began - batch.waited_s,
                 "time": ended,
             }
         )

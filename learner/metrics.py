@@ -85,8 +85,12 @@ METRICS = (
     Metric("seconds_backward", "s", "backward passes, gradients summed over ranks"),
     Metric("seconds_update", "s", "gradient clipping and optimizer"),
     Metric("seconds_wait", "s", "without a batch to train"),
-    Metric("seconds_fetch", "s", "reading and decoding the batch"),
-    Metric("seconds_publish", "s", "export, digest and commit of the new version"),
+    Metric("seconds_fetch", "s", "reading and decoding the batch, while the step before trained"),
+    Metric("seconds_publish", "s", "export, digest and commit of the new version, and the next"),
+    Metric(
+        "seconds_checkpoint", "s", "that the step waited for a checkpoint: to be begun, copied, committed"
+    ),
+    Metric("seconds_saving", "s", "that the newest complete checkpoint took, beside the training"),
     Metric("seconds_push", "s", "of the newest finished push of weights"),
     Metric("queued", "groups", "ready and left in the queue"),
     Metric("tokens_per_second", "tokens/s", "trained, since the first step began"),

@@ -6,7 +6,8 @@ learner may wait for groups for as long as it likes. Groups travel by id alone: 
 reads its own share of a manifest from Redis.
 
     rank 0                                     rank 1
-    leader.read(session, 7, manifest)  ---->   reads its share, in the background
+    leader.fetch(7, manifest)          ---->   reads its share, in the background, as rank 0 does
+    leader.read(session, batch)        ---->   says what it could not read, and hears what others could not
     leader.train_step(groups, 7)       ---->   trains its share as step 7
     leader.save(folder)                ---->   takes part in the gathering
     ranks.dismiss()                    ---->   ends
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,12 +34,12 @@ from buffer.batches import Manifest
 from buffer.client import Stream
 from buffer.schema import Group
 from buffer.session import Session
-from buffer.stream import read_frames
-from learner.batch import PayloadGone
+from buffer.stream import Frame, read_frames
+from learner.batch import Batch, PayloadGone
 from learner.checkpoint.folder import State
 from learner.checkpoint.saver import Saver
-from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from learner.errors import LearnerError
+from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from learner.errors import CheckpointError, LearnerError
 from learner.metrics import Metrics
 from learner.model.world import join_world, union_over_ranks
 from learner.step import Snapshot, Trainer
@@ -53,17 +56,20 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     folder: str
 
 
-class Read(msgspec.Struct, tag=True, frozen=True):
-    """Read this rank's share of a manifest."""
+class Fetch(msgspec.Struct, tag=True, frozen=True):
+    """Read this rank's share of a manifest, in the background."""
 
-    step: int
     manifest: Manifest
     mini_batches: int
     """So many runs of it are trained one after the other."""
 
 
+class Read(msgspec.Struct, tag=True, frozen=True):
+    """Take what was fetched last, and agree on what nobody trains."""
+
+
 class Train(msgspec.Struct, tag=True, frozen=True):
-    """Train the share that was read."""
+    """Train the share that was taken."""
 
     step: int
 
@@ -96,6 +102,20 @@ class Export(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.export`."""
 
 
+class Save(msgspec.Struct, tag=True, frozen=True):
+    """Save this rank's pieces of a checkpoint."""
+
+    folder: str
+    """Of all checkpoints."""
+    name: str
+
+
+class GoOn(msgspec.Struct, tag=True, frozen=True):
+    """`Trainer.load_checkpoint`; the trainer is not used any more if it fails."""
+
+    folder: str
+
+
 class Keep(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.snapshot`; only the newest is kept."""
 
@@ -104,24 +124,13 @@ class GoBack(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.restore` of the newest snapshot."""
 
 
-class Save(msgspec.Struct, tag=True, frozen=True):
-    """`Trainer.save_checkpoint`: this rank's share of a checkpoint in `folder`."""
-
-    folder: str
-    state: State
-
-
-class GoOn(msgspec.Struct, tag=True, frozen=True):
-    """`Trainer.load_checkpoint`."""
-
-    folder: str
-
-
 class End(msgspec.Struct, tag=True, frozen=True):
     """Nothing more will be announced."""
 
 
-Order = Load | Read | Train | Supervise | Score | Generate | Export | Keep | GoBack | Save | GoOn | End
+Order = (
+    Load | Fetch | Read | Train | Save | GoOn | Supervise | Score | Generate | Export | Keep | GoBack | End
+)
 
 
 class Ranks:
@@ -130,25 +139,28 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size, self.store = rank, size, store
         self._said = 0
+        self._saying = threading.Lock()
 
     @classmethod
-    def meet(cls) -> Ranks:
-        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name;
-        without them this process is alone."""
+    def meet(cls, parallel: ParallelConfig) -> Ranks:
+        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, which
+        share the model as `parallel` says; without them this process is alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
+            join_world(parallel=parallel)
             return cls()
         rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
         store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), size, is_master=rank == 0)
-        join_world(dist.PrefixStore("world", store), rank, size)
+        join_world(dist.PrefixStore("world", store), rank, size, parallel)
         return cls(rank, size, store)
 
     def say(self, order: Order) -> None:
-        """Announces an order to all other ranks."""
+        """Announces an order to all other ranks. Safe to call from several threads."""
         if self.size > 1:
             assert self.store is not None
-            self.store.set(f"order/{self._said}", msgspec.json.encode(order))
-            self._said += 1
+            with self._saying:
+                self.store.set(f"order/{self._said}", msgspec.msgpack.encode(order))
+                self._said += 1
 
     def hear(self) -> Order:
         """The next order. Raises `LearnerError` when rank 0 is gone."""
@@ -163,7 +175,7 @@ class Ranks:
                 continue
             except dist.DistNetworkError as error:
                 raise LearnerError(f"rank {self.rank}: rank 0 is gone: {error}") from error
-        order = msgspec.json.decode(self.store.get(key), type=Order)
+        order = msgspec.msgpack.decode(self.store.get(key), type=Order)
         if self.store.add(f"heard/{key}", 1) == self.size - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"heard/{key}")
@@ -179,14 +191,19 @@ class Ranks:
             self.store.wait(["dismissed"], _LOOK)
 
 
-def read_share(stream: Stream, manifest: Manifest, mini_batches: int) -> tuple[list[Group], dict[str, str]]:
-    """This rank's groups of a manifest in canonical order, and those that some rank could not read with the
-    reason of their strike. A collective of all ranks."""
+def fetch_share(stream: Stream, manifest: Manifest, mini_batches: int) -> list[Frame]:
+    """This rank's rows of a manifest, in canonical order, each with its group or why there is none."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    frames = read_frames(stream, manifest.share(rank, ranks, mini_batches))
+    return read_frames(stream, manifest.share(rank, ranks, mini_batches))
+
+
+def agree(frames: Sequence[Frame]) -> tuple[list[Group], dict[str, str]]:
+    """This rank's groups, and those that some rank could not read with the reason of their strike. A
+    collective of all ranks."""
     unread = [f"{frame.reason} {frame.row.group}" for frame in frames if frame.group is None]
-    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread))
-    return [frame.group for frame in frames if frame.group is not None], reasons
+    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread, dist.group.WORLD))
+    groups = [frame.group for frame in frames if frame.group is not None]
+    return [group for group in groups if group.id not in reasons], reasons
 
 
 class Leader(Trainer):
@@ -206,21 +223,26 @@ class Leader(Trainer):
         ranks.say(Load(str(folder)))
         super().__init__(folder, model, optimizer, objective, seed)
 
-    def read(self, session: Session, step: int, manifest: Manifest) -> list[Group]:
-        """Rank 0's groups of a step's manifest; the step trains without those that a rank cannot read.
+    def fetch(self, session: Session, step: int, manifest: Manifest) -> list[Frame]:
+        """Rank 0's share of a step's manifest; called by a thread beside the step before."""
+        order = Fetch(manifest, self._objective.mini_batches)
+        self._ranks.say(order)
+        return fetch_share(session.stream, manifest, order.mini_batches)
+
+    def read(self, session: Session, batch: Batch) -> list[Group]:
+        """Rank 0's groups of a batch; the step trains without those that some rank cannot read.
 
         Raises `PayloadGone` if the step was trained, with all of them, before.
         """
-        order = Read(step, manifest, self._objective.mini_batches)
-        self._ranks.say(order)
-        groups, reasons = read_share(session.stream, manifest, order.mini_batches)
-        rows = {row.group: row for row in manifest.rows}
+        self._ranks.say(Read())
+        groups, reasons = agree(batch.frames)
+        rows = {row.group: row for row in batch.manifest.rows}
         for group, reason in reasons.items():
             (frame,) = read_frames(session.stream, [rows[group]])
-            if step < session.version:
-                raise PayloadGone(f"step {step} cannot be trained again ({reason}): {frame.problem}")
-            log.warning("step %d trains without a group (%s): %s", step, reason, frame.problem)
-            session.strike(step, group, reason, frame.payload)
+            if batch.step < session.version:
+                raise PayloadGone(f"step {batch.step} cannot be trained again ({reason}): {frame.problem}")
+            log.warning("step %d trains without a group (%s): %s", batch.step, reason, frame.problem)
+            session.strike(batch.step, group, reason, frame.payload)
         return groups
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -256,10 +278,11 @@ class Leader(Trainer):
         self._ranks.say(Generate(listed, max_new_tokens, eos_id, temperature, seed))
         return super().generate(prompts, max_new_tokens, eos_id, temperature, seed)
 
-    def save_checkpoint(self, saver: Saver, state: State) -> None:
-        """As `Trainer.save_checkpoint`; every rank writes its share."""
-        self._ranks.say(Save(str(saver.folder), state))
-        super().save_checkpoint(saver, state)
+    def begin_checkpoint(self, saver: Saver, folder: Path, state: State) -> None:
+        """Has every rank begin to save its pieces, rank 0 by `saver`."""
+        self._ranks.say(Save(str(folder), state.name))
+        saver.begin(state.name, self.parts(), state)
+        self.before_update = saver.copied
 
     def load_checkpoint(self, folder: Path) -> None:
         """As `Trainer.load_checkpoint`."""
@@ -284,23 +307,32 @@ class Follower:
         self._ranks, self._stream, self._load = ranks, stream, load
         self._groups: list[Group] = []
         self._saver: Saver | None = None
-        self._open = ExitStack()
 
     def follow(self) -> None:
         """Returns when dismissed. Raises `LearnerError` when rank 0 is gone."""
-        with self._open:
-            self._obey()
+        with ThreadPoolExecutor(1) as background:
+            self._follow(background)
+        if self._saver is not None:
+            self._saver.wait()  # rank 0 waits for what this rank writes
+            self._saver.close()
 
-    def _obey(self) -> None:
-        trainer = kept = None
+    def _follow(self, background: ThreadPoolExecutor) -> None:
+        trainer = kept = fetched = None
         while not isinstance(order := self._ranks.hear(), End):
             match order:
                 case Load(folder):
                     trainer = self._load(Path(folder))
-                case Read(manifest=manifest, mini_batches=mini_batches):
-                    self._groups, _ = read_share(self._stream, manifest, mini_batches)
+                case Fetch(manifest=manifest, mini_batches=mini_batches):
+                    fetched = background.submit(fetch_share, self._stream, manifest, mini_batches)
+                case Read():
+                    self._groups, _ = agree(fetched.result())
                 case Train(step):
                     trainer.train_step(self._groups, step)
+                case Save(folder, name):
+                    self._save(Path(folder), name, trainer)
+                case GoOn(folder):
+                    with suppress(CheckpointError):  # rank 0 says why, and what next
+                        trainer.load_checkpoint(Path(folder))
                 case Supervise(samples, lr):
                     trainer.sft_step(_share(samples), lr)
                 case Score(sequences, temperature):
@@ -309,24 +341,17 @@ class Follower:
                     trainer.generate(**msgspec.structs.asdict(order))
                 case Export():
                     trainer.export()
-                case Save(folder, state):
-                    self._save(trainer, Path(folder), state)
-                case GoOn(folder):
-                    trainer.load_checkpoint(Path(folder))
                 case Keep():
                     kept = trainer.snapshot()
                 case GoBack():
                     trainer.restore(kept)
 
-    def _save(self, trainer: Trainer, folder: Path, state: State) -> None:
-        """Rank 0 has begun another, so it knows what became of the last one."""
+    def _save(self, folder: Path, name: str, trainer: Trainer) -> None:
         if self._saver is None:
-            saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
-            self._saver = self._open.enter_context(saver)
-        written = self._saver.wait()
-        if written is not None and written.error:
-            log.error("checkpoint %s: this rank's share failed: %s", written.state.name, written.error)
-        trainer.save_checkpoint(self._saver, state)
+            self._saver = Saver(folder, rank=self._ranks.rank, ranks=self._ranks.size)
+        self._saver.wait()  # rank 0's is complete, so this is soon
+        self._saver.begin(name, trainer.parts())
+        trainer.before_update = self._saver.copied
 
 
 def _share(samples: Sequence[tuple[list[int], list[int]]]) -> Sequence[tuple[list[int], list[int]]]:

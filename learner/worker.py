@@ -122,6 +122,7 @@ class Learner:
                     stack.enter_context(checkpoints) if checkpoints is not None else None,
                     restore,
                     max_steps=settings.stream.max_steps,
+                    mismatch=settings.objective.abort.mismatch,
                     stop=self._pass_on_stop,
                 )
                 manifest = loop.run()
@@ -142,7 +143,7 @@ class Learner:
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet(self._settings.model.parallel)
         return Leader(
             self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
         )
@@ -167,8 +168,8 @@ class Learner:
 
     def _checkpoints(self, session: Session, saved: int) -> Checkpoints | None:
         config, folder = self._settings.checkpoint, self._folder / "checkpoints"
-        assert self._ranks is not None
-        return Checkpoints(session, config, folder, saved, self._ranks.size) if config.every else None
+        ranks = self._ranks.size if self._ranks is not None else 1
+        return Checkpoints(session, config, folder, saved, ranks=ranks) if config.every else None
 
     def _report(self, found: dict[str, Any], *, anew: bool = False) -> None:
         """Adds to `report.json`, which a run that is cut off goes on with."""
@@ -254,7 +255,7 @@ def follow(settings: Settings, url: str) -> None:
     def load(folder: Path) -> Trainer:
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
-    Follower(Ranks.meet(), stream, load).follow()
+    Follower(Ranks.meet(settings.model.parallel), stream, load).follow()
 
 
 def main() -> int:

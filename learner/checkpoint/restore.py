@@ -21,7 +21,7 @@ from learner.errors import CheckpointError
 from weightsync.manifest import Manifest
 
 if TYPE_CHECKING:
-    from learner.step import Trainer
+    from learner.ranks import Leader
 
 log = logging.getLogger("learner")
 
@@ -54,14 +54,14 @@ class Restore:
         self,
         session: Session,
         found: list[Checkpoint],
-        fresh: Callable[[], Trainer],
+        fresh: Callable[[], Leader],
         config: CheckpointConfig,
         rules: Rules,
     ) -> None:
         self._session, self._found, self._fresh = session, found, fresh
         self._config, self._rules = config, rules
 
-    def trainer(self, *, start_matters: bool) -> Trainer:
+    def trainer(self, *, start_matters: bool) -> Leader:
         """The trainer to go on with. `start_matters`: the policy of version 0 is used, too.
 
         Raises `CheckpointError` if the run cannot go on.
@@ -85,7 +85,7 @@ class Restore:
         log.info("going on from version 0: steps up to %d are trained again", session.head - 1)
         return trainer
 
-    def _load(self, trainer: Trainer, one: Checkpoint) -> bool:
+    def _load(self, trainer: Leader, one: Checkpoint) -> bool:
         """Whether the trainer is now at a checkpoint that is what the run committed."""
         committed = self._session.known.versions.get(one.version)
         if one.state.digest != committed:
@@ -101,7 +101,7 @@ class Restore:
             return False
         return True
 
-    def _from(self, trainer: Trainer, one: Checkpoint) -> Trainer:
+    def _from(self, trainer: Leader, one: Checkpoint) -> Leader:
         session = self._session
         if one.version <= session.known.covered:
             self.fork(one.version, f"payloads of step {one.version} are gone")
@@ -126,5 +126,5 @@ class Restore:
         self._found = [one for one in self._found if one.version <= at]
 
 
-def _digest(trainer: Trainer) -> str:
+def _digest(trainer: Leader) -> str:
     return Manifest.of(trainer.version, trainer.export()).digest

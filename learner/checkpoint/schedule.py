@@ -20,7 +20,7 @@ from learner.config import CheckpointConfig
 
 if TYPE_CHECKING:
     from learner.checkpoint.writer import Written
-    from learner.step import Trainer
+    from learner.ranks import Leader
 
 log = logging.getLogger("learner")
 
@@ -38,30 +38,36 @@ class Checkpoints:
     """
 
     def __init__(
-        self, session: Session, config: CheckpointConfig, folder: Path, saved: int, ranks: int = 1
+        self, session: Session, config: CheckpointConfig, folder: Path, saved: int, *, ranks: int = 1
     ) -> None:
-        """`saved`: version of the checkpoint that the run goes on from, 0 for a new run. `ranks`: processes
-        that train, and save, together."""
+        """`saved`: version of the checkpoint that the run goes on from, 0 for a new run; `ranks`: processes
+        that train, each of which writes its own share."""
         self._session, self._config, self._folder = session, config, folder
         from learner.checkpoint.saver import Saver  # brings torch
 
         self._saver = Saver(folder, ranks=ranks)
+        self._state: State | None = None
         self._due, self._failed = False, -_AGAIN_S
         self._saved = self._stands = saved
         """The newest version that was begun, and the newest that is complete."""
+        self._waited = 0.0
         self.stalled_s = 0.0
-        """How long the last step waited for a checkpoint to be begun or committed."""
+        """How long the last step waited for a checkpoint: to be begun, copied, or committed."""
+        self.saving_s = 0.0
+        """How long the newest complete one took to be written."""
 
-    def after_step(self, trainer: Trainer, digest: str) -> None:
+    def after_step(self, trainer: Leader, digest: str) -> None:
         """Called with every committed version."""
         began = time.monotonic()
         self.look()
         self._due |= trainer.version % self._config.every == 0
         if self._due and trainer.version > self._saved and not self._saver.busy:
             self._begin(trainer, digest)
-        self.stalled_s = time.monotonic() - began
+        waited = self._saver.stalled_s
+        self.stalled_s = time.monotonic() - began + waited - self._waited
+        self._waited = waited
 
-    def needed(self, trainer: Trainer, digest: str) -> None:
+    def needed(self, trainer: Leader, digest: str) -> None:
         """Called while the learner waits for one, again and again."""
         self.look()
         if (
@@ -71,7 +77,7 @@ class Checkpoints:
         ):
             self._begin(trainer, digest)
 
-    def last(self, trainer: Trainer, digest: str) -> None:
+    def last(self, trainer: Leader, digest: str) -> None:
         """Saves the version that the run ends with, so that it can be taken up again."""
         self._conclude(self._saver.wait())
         if trainer.version > self._saved:
@@ -82,7 +88,7 @@ class Checkpoints:
         """Commits a checkpoint that has become complete."""
         self._conclude(self._saver.finished())
 
-    def _begin(self, trainer: Trainer, digest: str) -> None:
+    def _begin(self, trainer: Leader, digest: str) -> None:
         session = self._session
         state = State(
             version=trainer.version,
@@ -92,13 +98,14 @@ class Checkpoints:
             memory=msgspec.Raw(session.memory()),
             optimizer_steps=trainer.optimizer_steps(),
         )
-        trainer.save_checkpoint(self._saver, state)
-        self._saved, self._due = trainer.version, False
+        trainer.begin_checkpoint(self._saver, self._folder, state)
+        self._state, self._saved, self._due = state, trainer.version, False
 
     def _conclude(self, written: Written | None) -> None:
         if written is None:
             return
-        state = written.state
+        state = self._state
+        assert state is not None
         if written.error:
             self._saved, self._failed = self._stands, time.monotonic()
             log.error(
@@ -109,7 +116,7 @@ class Checkpoints:
             )
             return
         oldest = oldest_kept(self._folder, self._config, state.version)
-        self._stands = state.version
+        self._stands, self.saving_s = state.version, written.seconds
         self._session.checkpoint(state.version, state.digest, oldest)
         prune(self._folder, self._config, oldest)
         log.info("checkpoint of version %d, %.1f s", state.version, written.seconds)
@@ -120,4 +127,4 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._saver.__exit__(kind, error, trace)
+        self._saver.close()

@@ -84,6 +84,8 @@ def _laid_out(parts: Sequence[Part]) -> list[Slot]:
 
 
 def _size(slots: Sequence[Slot]) -> int:
+    if not slots:  # a rank all of whose pieces others save
+        return 1
     last = slots[-1]
     item = getattr(torch, last.dtype).itemsize
     return last.offset + max(1, torch.Size(last.size).numel()) * item

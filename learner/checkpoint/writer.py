@@ -33,7 +33,10 @@ class Job(msgspec.Struct, frozen=True):
 
     folder: str
     """Folder of all checkpoints."""
-    state: State
+    name: str
+    """Name of this one."""
+    state: State | None
+    """What rank 0 writes beside the pieces; the others have none."""
     rank: int
     ranks: int
     slots: list[Slot]
@@ -45,7 +48,6 @@ class Job(msgspec.Struct, frozen=True):
 class Written(msgspec.Struct, frozen=True):
     """What became of a checkpoint."""
 
-    state: State
     error: str
     """Why it is not complete, empty if it is."""
     seconds: float
@@ -55,12 +57,12 @@ class Written(msgspec.Struct, frozen=True):
 def write(job: Job, fd: int) -> None:
     """Writes this rank's share of a checkpoint; on rank 0 makes it a whole one. Raises `OSError`."""
     folder = Path(job.folder)
-    beside = unfinished(folder, job.state.name)
+    beside = unfinished(folder, job.name)
     beside.mkdir(parents=True, exist_ok=True)
     write_rank(job, beside, fd)
     if job.rank == 0:
         write_whole(job, beside)
-        publish(beside, folder / job.state.name)
+        publish(beside, folder / job.name)
 
 
 def write_rank(job: Job, beside: Path, fd: int) -> None:
@@ -131,8 +133,8 @@ def main() -> int:
             write(job, fd)
         except (OSError, RuntimeError) as problem:  # torch says RuntimeError for a disk that is full
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
-            shutil.rmtree(unfinished(Path(job.folder), job.state.name), ignore_errors=True)
-        written = Written(job.state, error, time.monotonic() - began)
+            shutil.rmtree(unfinished(Path(job.folder), job.name), ignore_errors=True)
+        written = Written(error, time.monotonic() - began)
         sys.stdout.buffer.write(msgspec.json.encode(written) + b"\n")
         sys.stdout.buffer.flush()
     return 0

@@ -6,6 +6,10 @@ each row checks and what the full counts gave.
     policy.py       the model: every token, weight and digest a pure function, so that anybody can re-score
     learner.py      a learner process; it restores, replays, trains, commits, checkpoints, logs each event
     actor.py        an actor process; it leases, generates, publishes, and bears a Redis that goes and comes
+    real.py         trials of the real learner on Megatron-Core, with the scripted actors
+    real_learner.py it, with log and points put around its calls
+    writer.py       likewise, of the process that writes its checkpoints
+    synchronous.py  what it must equal at eta = 0
     checkpoints.py  folders that are complete once they have their name
     points.py       SLIPSTREAM_FAULT=role:point:n[:kill|stop], logs of one JSON line an event, exit codes
     poison.py       ten kinds of records that must not be trained
@@ -28,4 +32,5 @@ After every row, `Trial.finish` or `check` looks for anything that breaks
 
 Rows 1, 2, 12, 23, 24: test_actors.py. Rows 3, 4, 5, 6, 15: test_learner.py. Rows 7 to 10: test_server.py.
 Row 11: test_network.py. Rows 19, 20: test_limits.py. All roles at random: test_mass.py.
+Rows 3 to 6 and 18 with the real learner: test_real_learner.py.
 """

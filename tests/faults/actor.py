@@ -295,8 +295,8 @@ class Actor:
             await asyncio.sleep(settings.group_s / 2)
             for index, part in enumerate(parts):
                 of = str(serving.number) if settings.by_number else serving.digest
-                spoken = speak(of, settings.seed, lease.position, index, begin, length, settings.vocabulary)
-                part.append((table.index(serving), *spoken))
+                tokens, logprobs = speak(of, settings.seed, lease.position, index, begin, length)
+                part.append((table.index(serving), tokens % settings.vocabulary, logprobs))
             self.faults.at("generating")
         samples = [finished_sample(lease.prompt, part) for part in parts]
         epoch = int(self.epoch.partition(":")[0])

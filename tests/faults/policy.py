@@ -47,14 +47,14 @@ def prompt_of(position: int) -> Prompt:
 
 
 def speak(
-    of: str, seed: int, position: int, sample: int, begin: int, length: int, vocabulary: int = 1000
+    of: str, seed: int, position: int, sample: int, begin: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [length] tokens, float32 [length] log-probabilities) from place `begin` on, by weights `of`."""
     drawn = [
         xxhash.xxh3_64_intdigest(f"{of}:{seed}:{position}:{sample}:{place}".encode())
         for place in range(begin, begin + length)
     ]
-    tokens = np.array([value % vocabulary for value in drawn], np.int32)
+    tokens = np.array([value % 1000 for value in drawn], np.int32)
     return tokens, np.array([-5 * (value >> 32) / 2**32 for value in drawn], np.float32)
 
 

@@ -11,7 +11,6 @@ import msgspec
 
 from launch.config import RunConfig
 from launch.tiny_model import make_tiny_qwen3
-from tests.faults.real_learner import RealSettings
 from tests.faults.server import Server
 from tests.faults.spawner import Spawner
 from tests.faults.trial import Process, Trial
@@ -30,6 +29,17 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
+class RealSettings(msgspec.Struct, kw_only=True):
+    """What the test tells a real learner."""
+
+    url: str
+    log: str
+    folder: str
+    """The run's folder, with its `config.json`."""
+    full_after: int = 0
+    """Checkpoints after which the disk is full; 0: never."""
+
+
 class RealTrial(Trial):
     """A run of the real learner; `learner` starts it, again and again if need be."""
 
@@ -37,7 +47,8 @@ class RealTrial(Trial):
         self, files: tuple[Path, Path], server: Server, spawner: Spawner, folder: Path, **settings: Any
     ) -> None:
         """`checkpoint`, `objective`: overrides of those sections."""
-        sections = {name: settings.pop(name, {}) for name in ("checkpoint", "objective")}
+        made_up = {"abort": {"mismatch": 0}}  # what scripted actors say of their tokens
+        objective, checkpoint = settings.pop("objective", made_up), settings.pop("checkpoint", {})
         super().__init__(server, spawner, folder, **settings)
         self.files = folder / "run"
         """The run's folder."""
@@ -49,8 +60,8 @@ class RealTrial(Trial):
             "model": {"path": str(model)},
             "data": {"path": str(data)},
             "optimizer": {"lr": 3e-3, "warmup_steps": 0},
-            "checkpoint": {"every": 2, **sections["checkpoint"]},
-            "objective": sections["objective"],
+            "checkpoint": {"every": 2, **checkpoint},
+            "objective": objective,
             "weightsync": {"timeout_s": 1.0},
             "stream": msgspec.to_builtins(self.config),
         }

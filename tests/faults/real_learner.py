@@ -27,18 +27,8 @@ from learner.checkpoint.restore import Restore
 from learner.checkpoint.saver import Saver
 from learner.step import Trainer
 from tests.faults.points import Faults, Log
+from tests.faults.real import RealSettings
 from weightsync.manifest import Manifest
-
-
-class RealSettings(msgspec.Struct, kw_only=True):
-    """What the test tells it."""
-
-    url: str
-    log: str
-    folder: str
-    """The run's folder, with its `config.json`."""
-    full_after: int = 0
-    """Checkpoints after which the disk is full; 0: never."""
 
 
 def watch(log: Log, faults: Faults) -> None:

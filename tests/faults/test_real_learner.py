@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from tests.faults.points import FENCED
+from tests.faults.points import FAILED, FENCED
 from tests.faults.real import RealTrial
+from tests.faults.synchronous import synchronous
 from tests.faults.trial import until
 
 STEPS = 9
@@ -19,13 +21,28 @@ BEFORE_ITS_NAME = WRITE_POINTS[:6]
 
 
 @pytest.fixture(scope="module")
-def unfaulted(real_trial_of_module: Callable[..., RealTrial]) -> dict[int, str]:
-    """Digests of a synchronous run that nothing happens to."""
+def undisturbed(real_trial_of_module: Callable[..., RealTrial]) -> RealTrial:
+    """A run at eta = 0 that nothing happens to."""
     run = real_trial_of_module(eta=0, max_steps=STEPS)
     run.learner(), run.actor()
     run.learners[0].wait(0)
     run.finish()
-    return run.versions()
+    return run
+
+
+@pytest.fixture(scope="module")
+def unfaulted(undisturbed: RealTrial) -> dict[int, str]:
+    """Digest of each of its versions."""
+    return undisturbed.versions()
+
+
+def test_eta_0_is_the_synchronous_loop_bit_for_bit(undisturbed: RealTrial) -> None:
+    """Through stream, actors and another process the weights are those of a plain loop in this one."""
+    torch.set_num_threads(1)
+    config = (undisturbed.files / "config.json").read_bytes()
+    expected = synchronous(config, undisturbed.config.group_size)
+    assert undisturbed.versions() == expected
+    assert len(set(expected.values())) == STEPS + 1
 
 
 @pytest.mark.parametrize(
@@ -77,10 +94,10 @@ def test_row_4_the_same_up_to_the_last_assigned_step(real_trial: Callable[..., R
     last.wait(0)
     assert last.events("restored")[0]["version"] == 5
     again = [one for one in last.events("trained") if one["replayed"]]
-    assert [one["step"] for one in again] == [5, 6, 7]
+    assert [one["step"] for one in again] == list(range(5, killed.events("committed")[-1]["version"]))
     before = {one["step"]: one["digest"] for one in killed.events("trained")}
     assert all(one["digest"] == before[one["step"]] for one in again)
-    assert [one["repeat"] for one in last.events("assigned")] == [True] * 4
+    assert [one["step"] for one in last.events("assigned") if one["repeat"]] == [5, 6, 7, 8]
     run.finish()
 
 
@@ -143,3 +160,14 @@ def test_payloads_that_are_gone_are_undone_by_a_fork(real_trial: Callable[..., R
         "undoing 2 steps: step 5 cannot be trained again (lost)"
         in (run.folder / "logs/learner-1.text").read_text()
     )
+
+
+def test_the_batch_zero_gate_ends_a_run_before_it_trains(real_trial: Callable[..., RealTrial]) -> None:
+    """Scripted actors make their log-probabilities up, which the learner finds out at once."""
+    run = real_trial(objective={})
+    learner = run.learner()
+    run.actor()
+    learner.wait(FAILED)
+    assert "disagree about version 0 before step 0" in learner.events("stopped")[0]["reason"]
+    assert learner.events("trained") == []
+    run.end()

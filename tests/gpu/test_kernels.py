@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from learner.convert.hf import rule_name
+from learner.convert.held import rule_name
 from learner.convert.names import rules
 from learner.model import forward
 from learner.model.forward import target_logits, target_logprobs

@@ -40,14 +40,14 @@ def save(trainer: Trainer, folder: Path, ranks: Sequence[Sequence[Part]] | None 
     savers = [Saver(folder, rank=rank, ranks=len(shares)) for rank in range(len(shares))]
     try:
         for saver, share in zip(savers, shares, strict=True):
-            saver.begin(state_of(trainer), share)
+            saver.begin(state_of(trainer).name, share, state_of(trainer))
         for saver in savers:
             written = saver.wait()
             assert written is not None
             assert not written.error, written.error
     finally:
         for saver in savers:
-            saver.__exit__(None, None, None)
+            saver.close()
     return complete(folder)[0].path
 
 
@@ -133,11 +133,12 @@ def test_the_copy_is_of_the_moment_it_was_begun(make_checkpoint: Callable, tmp_p
     trainer.train_step(batch_of(0), 0)
     then, random = digest(trainer), torch.get_rng_state()
     with Saver(tmp_path) as saver:
-        saver.begin(state_of(trainer), trainer.parts())
+        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
+        trainer.before_update = saver.copied
         trainer.train_step(batch_of(1), 1)
         torch.rand(3)
         with pytest.raises(CheckpointError, match="another is being written"):
-            saver.begin(state_of(trainer), trainer.parts())
+            saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
         assert saver.wait() is not None
         assert saver.finished() is None
     again.load_checkpoint(complete(tmp_path)[0].path)
@@ -200,14 +201,14 @@ def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Pat
     folder, _ = make_checkpoint()
     trainer = make_trainer(folder)
     with Saver(tmp_path) as saver:
-        saver.begin(state_of(trainer), trainer.parts())
+        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
         assert saver._process is not None
         os.kill(saver._process.pid, signal.SIGKILL)
         written = saver.wait()
         assert written is not None
         assert written.error == "the process that writes it ended with -9"
         assert complete(tmp_path) == []
-        saver.begin(state_of(trainer), trainer.parts())
+        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
         written = saver.wait()
         assert written is not None
         assert not written.error
