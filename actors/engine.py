@@ -284,7 +284,7 @@ class Engine:
 
     async def _abort(self) -> None:
         """End every request; each is answered with its tokens so far."""
-        await self._post("/abort_request", {"rid": "", "abort_all": True}, PROBE_S)
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, self._config.update_timeout_s)
 
     async def _generate(
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int

@@ -176,10 +176,12 @@ class Actor:
             self._use.note(leases=len(self._tasks), requests=requests, updating=updating)
 
     async def _lease(self, engine: Engine, weights: WeightWorker) -> None:
-        """Keeps `concurrency` groups in flight."""
+        """Keeps `concurrency` groups in flight, until one fails for a reason that others would fail for."""
         recipe = self._recipe()
         while True:
             await self._slots.acquire()
+            if self._failed.done():
+                return
             lease = await self._admit()
             if lease.status == "lease":
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))

@@ -144,7 +144,7 @@ class Learner:
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet(self._settings.model.parallel)
         return Leader(
             self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
         )
@@ -256,7 +256,7 @@ def follow(settings: Settings, url: str) -> None:
     def load(folder: Path) -> Trainer:
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
-    Follower(Ranks.meet(), stream, load).follow()
+    Follower(Ranks.meet(settings.model.parallel), stream, load).follow()
 
 
 def main() -> int:
