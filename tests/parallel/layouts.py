@@ -25,7 +25,7 @@ EVERY_TERM = ObjectiveConfig(
 BY_SAMPLE = ObjectiveConfig(
     kl=KlConfig(coefficient=0.1),
     correction="mis",
-    mis_low=0.02,
+    mis_low=0.003,
     aggregation="sequence_mean",
     advantage="reinforce_pp",
     mini_batches=2,
@@ -65,8 +65,13 @@ PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
 """By world size: the layout, and the models that are trained in it."""
 
 
-def make_checkpoint(case: str, folder: Path) -> Path:
-    """Write the model of `case` to `folder`/`case`."""
-    family, changes = CASES[case]
-    make_family(family, folder / case, **changes)
-    return folder / case
+def make_checkpoints(folder: Path) -> None:
+    """Write the model of each case to a folder of its name, and another, which is its reference model."""
+    for case, (family, changes) in CASES.items():
+        make_family(family, folder / case, **changes)
+        make_family(family, reference_of(folder / case), std=0.08, **changes)
+
+
+def reference_of(folder: Path) -> Path:
+    """The reference model of the model in `folder`."""
+    return folder.with_name(f"{folder.name}-reference")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from learner.config import ParallelConfig
 from learner.convert.hf import HfFolder
-from tests.parallel.layouts import CASES, OBJECTIVES, PLANS, make_checkpoint
+from tests.parallel.layouts import OBJECTIVES, PLANS, make_checkpoints
 from tests.parallel.rank import train
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +29,19 @@ TRIALS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
-    for case in CASES:
-        make_checkpoint(case, path)
+    make_checkpoints(path)
     return path
 
 
