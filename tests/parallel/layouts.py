@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from learner.config import KlConfig, ObjectiveConfig, ParallelConfig
 from tests.unit.learner.families import make_family
@@ -63,6 +65,32 @@ PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
     },
 }
 """By world size: the layout, and the models that are trained in it."""
+
+
+BY_SAMPLE_TOO = ("TP 2", "PP 2", "CP 2", "DP 2", "PP 2 CP 2", "PP 2 DP 2 EP 2")
+"""Layouts in which `next` is also trained by the other objective."""
+
+
+class Trial(NamedTuple):
+    """A model trained in a layout by an objective."""
+
+    name: str
+    parallel: ParallelConfig
+    case: str
+    kind: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.case}-{self.kind}"
+
+
+def trials(size: int) -> Iterator[Trial]:
+    """What a world of `size` ranks trains, layout by layout."""
+    for name, (parallel, cases) in PLANS[size].items():
+        for case in cases:
+            yield Trial(name, parallel, case, "terms")
+        if name in BY_SAMPLE_TOO:
+            yield Trial(name, parallel, "next", "samples")
 
 
 def make_checkpoints(folder: Path) -> None:

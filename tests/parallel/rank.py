@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, Parall
 from learner.convert.held import whole_tensors
 from learner.model.world import join_world
 from learner.step import Trainer
-from tests.parallel.layouts import OBJECTIVES, PLANS, reference_of
+from tests.parallel.layouts import OBJECTIVES, reference_of, trials
 from tests.unit.learner.groups import make_group
 
 CLIP = 0.1
@@ -83,17 +84,14 @@ def main(rank: int, size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{size}"), size)
-    for name, (parallel, cases) in PLANS[size].items():
-        join_world(store, rank, size, parallel)
-        for case in cases:
-            for kind, objective in OBJECTIVES.items():
-                if kind == "samples" and case != "next":
-                    continue
-                figures, tensors = train(folder / case, parallel, objective)
-                out = folder / f"{name}-{case}-{kind}"
-                out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
-                if rank == 0:
-                    save_file(tensors, out.with_suffix(".safetensors"))
+    for _, group in groupby(trials(size), key=lambda trial: trial.name):
+        for trial in group:
+            join_world(store, rank, size, trial.parallel)
+            figures, tensors = train(folder / trial.case, trial.parallel, OBJECTIVES[trial.kind])
+            out = folder / trial.id
+            out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
+            if rank == 0:
+                save_file(tensors, out.with_suffix(".safetensors"))
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
