@@ -107,6 +107,8 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, folder: Path, rank: int 
 def _held(model: GPTModel, optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
     for values in [model.state_dict(keep_vars=True), *_states(optimizer)]:
         yield from (value for value in values.values() if isinstance(value, torch.Tensor))
+    for group in optimizer.param_groups:  # with bf16 parameters, the fp32 ones that are updated
+        yield from group["params"]
 
 
 def _states(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
