@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from actors.config import AdaptiveConfig
+from actors.errors import EngineError
 
 log = logging.getLogger("actor")
 
@@ -85,17 +86,24 @@ def next_limit(limit: int, load: Load, config: AdaptiveConfig, *, short: bool, g
     6
     """
     if load.waiting > group_size or load.usage > config.usage_max:
-        return max(config.least, min(limit - 1, int(limit * config.factor)))
+        return max(config.least, int(limit * config.factor))
     return min(config.most, limit + config.add) if short else limit
 
 
 async def adapt(
     slots: Slots, load: Callable[[], Awaitable[Load]], config: AdaptiveConfig, group_size: int
 ) -> None:
-    """Keeps the limit of `slots` at what the engine bears, until cancelled. Raises what `load` raises."""
+    """Keeps the limit of `slots` at what the engine bears, until cancelled.
+
+    An engine that does not say its load leaves the limit as it is: if it has failed, its requests tell.
+    """
     while True:
         await asyncio.sleep(config.every_s)
-        found = await load()
+        try:
+            found = await load()
+        except EngineError as error:
+            log.warning("the limit of groups in flight stays at %d: %s", slots.limit, error)
+            continue
         limit = next_limit(slots.limit, found, config, short=slots.was_short(), group_size=group_size)
         if limit != slots.limit:
             log.info(

@@ -9,6 +9,13 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
+BROKEN_PAUSES = {
+    "in_place": "answers would go on from caches of the old weights, and SGLang 0.5.18 does not say from "
+    "which token on, so that their log-probabilities could not be told apart",
+    "retract": "SGLang 0.5.18 cannot flush its cache in that state: the update ends the server",
+}
+"""Ways of SGLang's to pause that are wrong with the version of it that is used, and why."""
+
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 """The values of the sampling filters that leave the model's distribution as it is."""
 
@@ -30,14 +37,20 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds from the start of the process to its first answer."""
     request_timeout_s: Positive = 300.0
     """Seconds for the samples of one prompt, waiting in the server included."""
-    pause: Literal["abort", "finish"] = "abort"
+    pause: Literal["abort", "finish", "in_place", "retract"] = "abort"
     """What becomes of samples under way when a new version comes. `abort`: they are ended, keep their
-    tokens, and go on under the new one; `finish`: they are finished first."""
+    tokens, and go on under the new one; `finish`: they are finished first. `in_place` and `retract`, which
+    SGLang has, too, are refused, with the reason."""
     update_timeout_s: Positive = 60.0
     """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
     """More options of SGLang's server by their long names, such as `{"tp-size" = 4}`; `true` gives the
     bare flag. They win over ours."""
+
+    def __post_init__(self) -> None:
+        """Refuse pauses that would falsify records. Raises `ValueError`; msgspec adds the path."""
+        if self.pause in BROKEN_PAUSES:
+            raise ValueError(f"pause: got {self.pause!r}: {BROKEN_PAUSES[self.pause]}; set abort or finish")
 
 
 class SamplingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

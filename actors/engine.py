@@ -20,19 +20,25 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from actors.answers import Answer, Loads, end_tokens
 from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
 from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
 from actors.gate import Gate
-from actors.server import Server, command, environment
+from actors.server import Server, command, environment, ranks
 from buffer.local_server import free_port
+from weightsync.errors import Untouched
+from weightsync.holder import Held
 from weightsync.manifest import Manifest
+from weightsync.ticket import LOADER, Ticket, hand_in, reports
 
 POLL_S = 0.1
 """How often a starting server is asked whether it is ready."""
 PROBE_S = 5.0
 """How long `alive` waits for an answer."""
+_NOTHING = "gARdlC4="
+"""An empty list in the form in which SGLang takes tensors; the ticket says what to load."""
 
 LOADS = "/v1/loads?include=core"
 """Where the server says how much it has to do."""
@@ -40,44 +46,14 @@ KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
 server is closing and fail."""
 
-Entry = tuple[float | None, int, str | None]
-"""SGLang's log-probability of one token: value, token id, text (always absent here)."""
 
+class Loaded(msgspec.Struct, frozen=True):
+    """How a version was loaded."""
 
-class Finish(msgspec.Struct):
-    """Why SGLang ended an answer."""
-
-    type: Literal["stop", "length", "abort"]
-
-
-class Meta(msgspec.Struct):
-    """The parts of SGLang's `meta_info` that are read."""
-
-    finish_reason: Finish
-    weight_version: str
-    input_token_logprobs: list[Entry] = []
-    output_token_logprobs: list[Entry] = []
-
-
-class Answer(msgspec.Struct):
-    """One item of SGLang's answer to ``/generate``."""
-
-    output_ids: list[int]
-    meta_info: Meta
-
-
-class _Rank(msgspec.Struct):
-    """The parts of one rank's load that are read."""
-
-    num_running_reqs: int
-    num_waiting_reqs: int
-    token_usage: float
-
-
-class _Loads(msgspec.Struct):
-    """SGLang's answer to ``/v1/loads``."""
-
-    loads: list[_Rank]
+    pause_s: float
+    """Seconds in which no request could begin."""
+    way: str
+    """As in `weightsync.ticket.Report`, with the reason if there is one."""
 
 
 class Engine:
@@ -90,6 +66,7 @@ class Engine:
         self._server, self._config, self._keys, self._ends = server, config, keys, ends
         self.gate = Gate()
         """Where requests wait while new weights go in."""
+        self._label, self._ticket = "", 0
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._http = aiohttp.ClientSession(url, connector=connector)
 
@@ -183,7 +160,7 @@ class Engine:
         """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
         content = await self._request("GET", LOADS, None, PROBE_S)
         try:
-            ranks = msgspec.json.decode(content, type=_Loads).loads
+            ranks = msgspec.json.decode(content, type=Loads).loads
         except msgspec.DecodeError as error:
             raise EngineError(
                 f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
@@ -226,6 +203,24 @@ class Engine:
         }
         async with self.idle():
             await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+            self._label = manifest.label
+
+    async def load_weights(self, held: Held, *, check: bool) -> Loaded:
+        """Load a staged version and serve it.
+
+        The samples under way are ended or finished first, as `EngineConfig.pause` says, and new ones wait.
+        Raises `Untouched` if the engine refused the version and serves the old one entirely, `EngineError`
+        if its weights are unknown now: nothing passes its gate any more, and it is to be killed.
+        """
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        async with self.idle():
+            self._ticket += 1
+            way = await self._obey(Ticket(self._ticket, held.image.path, held.encoded, check))
+            label = {"new_version": held.manifest.label, "abort_all_requests": False}
+            await self._post("/update_weight_version", label, self._config.update_timeout_s)
+            self._label = held.manifest.label
+        return Loaded(clock() - began, way)
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
@@ -256,6 +251,29 @@ class Engine:
         """End the server's process group at once; `stop` is still to be called."""
         self._server.kill()
 
+    async def _obey(self, ticket: Ticket) -> str:
+        """Have every rank of the engine obey a ticket; the way it was loaded.
+
+        Raises `Untouched`, `EngineError`.
+        """
+        hand_in(self._server.folder, ticket)
+        count = ranks(self._config)
+        body = {
+            "serialized_named_tensors": [_NOTHING] * count,
+            "load_format": LOADER,
+            # Prefixes are cached under the version's name; a flush that finds a request ends the server.
+            "flush_cache": False,
+        }
+        await self._post("/update_weights_from_tensor", body, self._config.update_timeout_s)
+        found = reports(self._server.folder, ticket.number)
+        problems = [report.problem for report in found if report.problem]
+        if len(found) == count and not problems:
+            return f"{found[0].way}: {found[0].reason}" if found[0].reason else found[0].way
+        told = "; ".join(problems) or f"got {len(found)} reports, expected one of each of {count} ranks"
+        if len(problems) == count and not any(report.touched for report in found):
+            raise Untouched(f"engine {self._server.name}: {told}")
+        raise EngineError(f"engine {self._server.name}: half of a version may be loaded: {told}; kill it")
+
     async def _ready(self) -> None:
         """Wait until the server answers."""
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout_s
@@ -266,14 +284,21 @@ class Engine:
 
     async def _abort(self) -> None:
         """End every request; each is answered with its tokens so far."""
-        await self._post("/abort_request", {"rid": "", "abort_all": True}, PROBE_S)
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, self._config.update_timeout_s)
 
     async def _generate(
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
     ) -> list[Answer]:
         """One ``/generate`` call for a list of prompts, each with its sampling parameters."""
-        body = {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True, **options}
         async with self.gate.passing():
+            body = {
+                "input_ids": prompts,
+                "sampling_params": parameters,
+                "return_logprob": True,
+                # A cached prefix is of use to the version that computed it only.
+                "extra_key": self._label,
+                **options,
+            }
             content = await self._post("/generate", body, self._config.request_timeout_s)
         try:
             answers = msgspec.json.decode(content, type=list[Answer])
@@ -323,21 +348,3 @@ class Engine:
             text = content[:300].decode(errors="replace")
             raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
         return content
-
-
-def end_tokens(model: Path) -> frozenset[int]:
-    """The end-of-sequence tokens of a Hugging Face folder, as SGLang finds them: those of config.json and of
-    generation_config.json."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            named = msgspec.json.decode((model / name).read_bytes(), type=_Ends).eos_token_id
-            if named is not None:
-                found.update(named if isinstance(named, list) else [named])
-    return frozenset(found)
-
-
-class _Ends(msgspec.Struct):
-    """The field of either file that is read."""
-
-    eos_token_id: int | list[int] | None = None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from actors.errors import EngineError
+from weightsync.errors import Untouched
 
 AGAIN_S = 0.05
 """How often those within are asked again to come out: one may have been on its way in at the first time."""
@@ -61,26 +62,34 @@ class Gate:
     async def closed(
         self, end: Callable[[], Awaitable[None]] | None, timeout_s: float
     ) -> AsyncIterator[None]:
-        """Closes the gate, waits until nobody is within, and opens it when the block ends, however it ends.
+        """Closes the gate, waits until nobody is within, and opens it when the block has ended well.
 
+        It also opens where the weights are known to be the old ones: after `Untouched`, and if somebody does
+        not come out. After any other failure within the block nobody knows what would answer.
         `end` is to end the requests within; it is called every `AGAIN_S`. None: they are waited for.
         Raises `EngineError` after `timeout_s`.
         """
         self._open.clear()
         self.changed()
         try:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._emptied(end)
-            except TimeoutError as error:
-                raise EngineError(
-                    f"{self._within} requests did not end within {timeout_s:g} s; "
-                    "set engine.pause = 'abort', or raise engine.update_timeout_s above the longest answer"
-                ) from error
+            async with asyncio.timeout(timeout_s):
+                await self._emptied(end)
+        except TimeoutError as error:
+            self._reopen()
+            raise EngineError(
+                f"{self._within} requests did not end within {timeout_s:g} s; "
+                "set engine.pause = 'abort', or raise engine.update_timeout_s above the longest answer"
+            ) from error
+        try:
             yield
-        finally:
-            self._open.set()
-            self.changed()
+        except Untouched:
+            self._reopen()
+            raise
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self._open.set()
+        self.changed()
 
     async def _emptied(self, end: Callable[[], Awaitable[None]] | None) -> None:
         while not self._empty.is_set():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from actors.config import EngineConfig
 from actors.errors import EngineError
+from weightsync.ticket import FOLDER, LOADER
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -49,7 +50,7 @@ class Server:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=variables | {"TMPDIR": scratch.name},
+                env=variables | {"TMPDIR": scratch.name, FOLDER: scratch.name},
                 start_new_session=True,
             )
         return cls(name, process, log, scratch)
@@ -58,6 +59,11 @@ class Server:
     def pid(self) -> int:
         """Process id of the main process, which is also the id of its process group."""
         return self._process.pid
+
+    @property
+    def folder(self) -> Path:
+        """Where tickets for its weight loader go."""
+        return Path(self._scratch.name)
 
     @property
     def returncode(self) -> int | None:
@@ -116,6 +122,7 @@ def command(
         # Ids in, ids out: no tokenizer files and no detokenizer process.
         "skip-tokenizer-init": True,
         "skip-server-warmup": True,
+        "custom-weight-loader": LOADER,
         # SGLang reads the seed of a request only in this mode.
         "enable-deterministic-inference": True,
         # Cached prefixes would have to be keyed by version; prompts are short against answers.
@@ -136,6 +143,18 @@ def command(
         }
     options |= config.server_args
     return [sys.executable, "-m", module, *_flags(options)]
+
+
+def ranks(config: EngineConfig) -> int:
+    """Processes of the engine that hold a part of the weights each: tensor times pipeline parallelism.
+
+    >>> ranks(EngineConfig(server_args={"tp-size": 4})), ranks(EngineConfig())
+    (4, 1)
+    """
+    given = config.server_args
+    tensor = given.get("tp-size", given.get("tp", given.get("tensor-parallel-size", 1)))
+    pipeline = given.get("pp-size", given.get("pipeline-parallel-size", 1))
+    return int(tensor) * int(pipeline)
 
 
 def _flags(options: dict[str, str | int | float | bool]) -> list[str]:

@@ -46,6 +46,9 @@ from buffer.difficulty import note
 from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
 from buffer.members import Heartbeat, JoinActor, Leave
 from buffer.schema import Group
+from weightsync.config import WeightSyncConfig
+from weightsync.holder import Holder
+from weightsync.route import address_towards
 
 log = logging.getLogger("actor")
 
@@ -63,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True):
     stream: StreamConfig
     rollout: RolloutConfig
     engine: EngineConfig
+    weightsync: WeightSyncConfig = WeightSyncConfig()
 
 
 class Actor:
@@ -82,6 +86,7 @@ class Actor:
         self._published = self._tokens = 0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changed, self._newer = asyncio.Event(), asyncio.Event()
+        self._weights: WeightWorker | None = None
         self.epoch = self.nonce = ""
         self.served = False
         """Whether the engine ever came up; one that never did will not the next time either."""
@@ -109,9 +114,8 @@ class Actor:
         self.served = True
         self._gate, engine.gate.changed = engine.gate, self._clock
         self._enter("running")
-        weights = WeightWorker(
-            self._stream, engine, actor=self._name, epoch=self.epoch, applied=self._on_applied
-        )
+        holder = Holder(address_towards(self._stream.redis))
+        weights = self._weights = self._worker_of(engine, holder)
         loops = [asyncio.create_task(weights.run()), asyncio.create_task(self._lease(engine, weights))]
         if bounds := self._settings.rollout.adaptive:
             size = self._settings.stream.group_size
@@ -131,6 +135,19 @@ class Actor:
         finally:
             await _cancel(*loops, halted, *self._tasks.values())
             await asyncio.gather(engine.stop(), self._rewards.close(), self._environment.close())
+            holder.close()
+
+    def _worker_of(self, engine: Engine, holder: Holder) -> WeightWorker:
+        return WeightWorker(
+            self._stream,
+            engine,
+            holder,
+            self._settings.weightsync,
+            actor=self._name,
+            epoch=self.epoch,
+            lag=self._settings.stream.max_staleness,
+            applied=self._on_applied,
+        )
 
     async def _start_engine(self) -> Engine:
         started = time.monotonic()
@@ -144,6 +161,7 @@ class Actor:
     def _on_applied(self, version: int) -> None:
         self._version = version
         self._newer.set()
+        self._changed.set()  # others learn at once that this one holds it
 
     async def _serves(self, version: int) -> None:
         """Waits until the engine serves at least this version."""
@@ -158,10 +176,12 @@ class Actor:
             self._use.note(leases=len(self._tasks), requests=requests, updating=updating)
 
     async def _lease(self, engine: Engine, weights: WeightWorker) -> None:
-        """Keeps `concurrency` groups in flight."""
+        """Keeps `concurrency` groups in flight, until one fails for a reason that others would fail for."""
         recipe = self._recipe()
         while True:
             await self._slots.acquire()
+            if self._failed.done():
+                return
             lease = await self._admit()
             if lease.status == "lease":
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
@@ -259,6 +279,7 @@ class Actor:
                 "published": self._published,
                 "answer_tokens": self._tokens,
                 "invalid_samples": self._invalid.total(),
+                **(self._weights.figures() if self._weights is not None else {}),
             }
             tokens = tuple(self._tasks)
             call = Heartbeat(self._name, self.epoch, self._state, msgspec.json.encode(stats).decode(), tokens)

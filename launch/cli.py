@@ -113,6 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
         _redis_option(command)
     for command in (status, verify, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument(
+        "--weights", action="store_true", help="also have every engine score recent samples again"
+    )
+    verify.add_argument("--samples", type=int, default=8, metavar="K", help="how many of them (default: 8)")
     inspect.add_argument("--dead", action="store_true", help="list the dead letters")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="also save their payloads there")
     inspect.add_argument("--requeue", metavar="ENTRY", help="put the prompt of a letter back into the queue")

@@ -207,15 +207,25 @@ def status(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Proves the invariants of a run from one snapshot; 1 if any does not hold."""
+    """Proves the invariants of a run from one snapshot, and its weights from the engines; 1 if any fails."""
     import msgspec
 
     from launch.status import find_run
     from launch.verify import render, verify
 
-    found = verify(find_run(_url(args, ""), args.run))
-    print(msgspec.json.encode(found).decode() if args.json else render(found))
-    return 0 if found.holds else 1
+    if args.samples < 1:
+        raise LaunchError(f"--samples: got {args.samples}, expected 1 or more")
+    stream = find_run(_url(args, ""), args.run)
+    found, checks = verify(stream), []
+    if args.weights:
+        from launch import weights
+
+        checks = weights.check_weights(stream, args.samples)
+    if args.json:
+        print(msgspec.json.encode({**msgspec.to_builtins(found), "weights": checks}).decode())
+    else:
+        print("\n".join([*([weights.render(checks)] if args.weights else []), render(found)]))
+    return 0 if found.holds and not any(check.problem for check in checks) else 1
 
 
 def inspect(args: argparse.Namespace) -> int:

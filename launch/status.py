@@ -56,6 +56,10 @@ class ActorStatus(msgspec.Struct, frozen=True):
     published: int
     in_flight: int
     silent_s: float
+    weights: str
+    """What its weight agent is at, such as `serving 12` or `staging 13`; empty before it says so."""
+    transport: str
+    """How the version it serves came: `shm`, `delta`, `peer`, `disk`, `gloo`; empty for stock."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -119,6 +123,8 @@ def _actor(ledger: Ledger, name: str) -> ActorStatus:
         published=int(record.stats.get("published", 0)),
         in_flight=int(record.stats.get("in_flight", 0)),
         silent_s=ledger.silent_s(name),
+        weights=str(record.stats.get("weights", "")),
+        transport=str(record.stats.get("transport", "")),
     )
 
 
@@ -149,6 +155,8 @@ def render(status: Status) -> str:
         lines.append(
             f"{actor.name:<10} {actor.state}, version {actor.version}, {actor.published} groups published, "
             f"{actor.in_flight} in flight, heard {actor.silent_s:.1f} s ago"
+            + (f"; weights: {actor.weights}" if actor.weights else "")
+            + (f" by {actor.transport}" if actor.transport else "")
         )
     return "\n".join(lines if status.actors else [*lines, "no actor has joined"])
 

@@ -14,6 +14,40 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
+class ParallelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How the ranks of a learner share one model. What is left of them is data parallelism:
+    ranks / (tensor * pipeline * context) copies, each of which trains its own groups."""
+
+    tensor: Count = 1
+    """Ranks that share every matrix by rows or columns; heads, groups and the vocabulary divide by it. With
+    more than 1, activations between the matrices are split by tokens (sequence parallelism)."""
+    pipeline: Count = 1
+    """Stages of layers, scheduled one forward, one backward; the layers divide by it."""
+    context: Count = 1
+    """Ranks that share every sequence; each holds 2 of its 2 * context pieces."""
+    expert: Count = 1
+    """Ranks over which the experts of a layer are dealt; divides their number. It takes ranks of data,
+    context and tensor parallelism, not further ones."""
+    expert_tensor: Count = 1
+    """Ranks that share each expert's matrices, whatever `tensor` is for all others."""
+    virtual_pipeline: Count = 1
+    """Separate runs of layers on each stage (the interleaved schedule); only 1 can be had."""
+
+    def __post_init__(self) -> None:
+        """Refuse the schedule that gives wrong results."""
+        if self.virtual_pipeline > 1:
+            raise ConfigError(
+                f"model.parallel.virtual_pipeline: got {self.virtual_pipeline}, expected 1: Megatron-Core's "
+                "interleaved schedule took another micro-batch's length when lengths differed, and packed "
+                "micro-batches always differ; use `pipeline` alone"
+            )
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor * self.pipeline * self.context
+
+
 Recompute = Literal["none", "selective", "full"]
 """What a backward pass computes again, see `ModelConfig.recompute`."""
 
@@ -31,9 +65,14 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """What the backward pass computes again instead of keeping it: `selective` the inside of attention, MLPs
     and experts, `full` whole layers, of which then only the inputs are kept. Same gradients, less memory,
     more time."""
+    parallel: ParallelConfig = ParallelConfig()
     logits_chunk: Count = 1024
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""
+
+    def alone(self) -> ModelConfig:
+        """The same model on one rank."""
+        return msgspec.structs.replace(self, parallel=ParallelConfig())
 
 
 class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

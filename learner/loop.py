@@ -22,6 +22,7 @@ from learner.feed import Feeder
 from learner.gate import check
 from learner.prefetch import Prefetch
 from learner.record import RunRecord
+from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 
@@ -45,7 +46,7 @@ class Loop:
         self,
         trainer: Leader,
         session: Session,
-        offers: Offers,
+        offers: Offers | Lanes,
         record: RunRecord,
         feeder: Feeder,
         checkpoints: Checkpoints | None,
@@ -136,6 +137,8 @@ class Loop:
                 "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints else 0.0,
                 "seconds_saving": self._checkpoints.saving_s if self._checkpoints else 0.0,
                 "seconds_push": self._offers.push_seconds(),
+                "seconds_export": self._offers.export_s,
+                "weights_bytes": float(self._offers.held_bytes()),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
                 "time_batch": began - batch.waited_s,
                 "time": ended,

@@ -53,8 +53,8 @@ class MiniBatch:
 Pack = Callable[[Sequence[Row]], list[MicroBatch]]
 """Micro-batches of rows, as many on every data-parallel rank."""
 
-Score = Callable[[MicroBatch], torch.Tensor]
-"""Log-probabilities [N] of a micro-batch's targets, without gradient."""
+Score = Callable[[Sequence[MicroBatch]], list[torch.Tensor]]
+"""Log-probabilities [N] of each micro-batch's targets, without gradient."""
 
 
 def split(
@@ -87,9 +87,12 @@ def scored(minis: Sequence[MiniBatch], score: Score, field: str) -> list[MiniBat
 
     The same micro-batches are scored that are trained, so that equal weights give equal bits.
     """
-    return [
-        replace(mini, packed=[replace(p, **{field: score(p.batch)}) for p in mini.packed]) for mini in minis
-    ]
+    found = []
+    for mini in minis:
+        scores = score([part.batch for part in mini.packed])
+        packed = [replace(p, **{field: values}) for p, values in zip(mini.packed, scores, strict=True)]
+        found.append(replace(mini, packed=packed))
+    return found
 
 
 def less_divergence(minis: Sequence[MiniBatch], config: ObjectiveConfig) -> list[MiniBatch]:

@@ -38,7 +38,7 @@ from buffer.stream import Frame, read_frames
 from learner.batch import Batch, PayloadGone
 from learner.checkpoint.folder import State
 from learner.checkpoint.saver import Saver
-from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from learner.errors import CheckpointError, LearnerError
 from learner.metrics import Metrics
 from learner.model.world import join_world, union_over_ranks
@@ -142,15 +142,16 @@ class Ranks:
         self._saying = threading.Lock()
 
     @classmethod
-    def meet(cls) -> Ranks:
-        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name;
-        without them this process is alone."""
+    def meet(cls, parallel: ParallelConfig) -> Ranks:
+        """Joins the ranks that torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, which
+        share the model as `parallel` says; without them this process is alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
+            join_world(parallel=parallel)
             return cls()
         rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
         store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), size, is_master=rank == 0)
-        join_world(dist.PrefixStore("world", store), rank, size)
+        join_world(dist.PrefixStore("world", store), rank, size, parallel)
         return cls(rank, size, store)
 
     def say(self, order: Order) -> None:
@@ -200,8 +201,9 @@ def agree(frames: Sequence[Frame]) -> tuple[list[Group], dict[str, str]]:
     """This rank's groups, and those that some rank could not read with the reason of their strike. A
     collective of all ranks."""
     unread = [f"{frame.reason} {frame.row.group}" for frame in frames if frame.group is None]
-    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread))
-    return [frame.group for frame in frames if frame.group is not None], reasons
+    reasons = dict(line.split(" ", 1)[::-1] for line in union_over_ranks(unread, dist.group.WORLD))
+    groups = [frame.group for frame in frames if frame.group is not None]
+    return [group for group in groups if group.id not in reasons], reasons
 
 
 class Leader(Trainer):

@@ -21,8 +21,10 @@ _PACKAGES = ("slipstream", "torch", "megatron-core", "numpy", "transformers", "s
 
 
 def environment() -> dict[str, str]:
-    """What a replay must share to be bitwise: package versions, instruction set, threads."""
+    """What a replay must share to be bitwise: package versions, instruction set, threads, layout."""
     import torch
+
+    from learner.model.world import described
 
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {
@@ -30,6 +32,7 @@ def environment() -> dict[str, str]:
         **versions,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "layout": described(),
     }
 
 

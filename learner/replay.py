@@ -63,7 +63,7 @@ def replay(folder: RecordFolder, start: Path, steps: int | None) -> Replayed:
     unlike = _unlike(run.environment)
     for name, difference in unlike.items():
         log.warning("%s is %s: the weights may come out differently", name, difference)
-    trainer = Trainer(start, settings.model, settings.optimizer, settings.objective, settings.seed)
+    trainer = Trainer(start, settings.model.alone(), settings.optimizer, settings.objective, settings.seed)
     digest, differs, trained = Manifest.of(0, trainer.export()).digest, "", 0
     if digest != run.start_digest:
         raise LearnerError(

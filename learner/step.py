@@ -36,14 +36,22 @@ from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
 from learner.model.build import build_model, data_parallel
-from learner.model.forward import generate, score, target_logprobs
+from learner.model.forward import generate, of_logprobs, score, target_logprobs
 from learner.model.hf_config import read_shape
-from learner.model.optimizer import build_optimizer, clipped_update, learning_rate
+from learner.model.optimizer import (
+    build_optimizer,
+    clipped_update,
+    learning_rate,
+    torch_optimizers,
+)
+from learner.model.schedule import forward_backward, forward_only
 from learner.model.world import (
     count_ranks,
+    from_last_stage,
     max_over_ranks,
     merge_over_ranks,
     rank,
+    sizes,
     sum_over_ranks,
     union_over_ranks,
 )
@@ -65,8 +73,8 @@ class Snapshot:
     """Copies of the parameters, in the model's order."""
     exact: list[torch.Tensor]
     """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
-    optimizer: dict[str, Any]
-    """A copy of the optimizer's moments and counters, by parameter number."""
+    optimizer: list[dict[str, Any]]
+    """A copy of each optimizer's moments and counters, by parameter number."""
     version: int
     """The version that was current."""
 
@@ -86,7 +94,7 @@ class Trainer:
 
         `seed` only drives the control run's permutation. Settings without effect are warned of. Raises
         `ModelError` for a checkpoint that cannot be trained exactly, `ConfigError` for a loss that cannot
-        be imported.
+        be imported, or a model that the ranks of this world cannot share as `model.parallel` says.
         """
         for sentence in idle_settings(objective):
             warnings.warn(sentence, stacklevel=2)
@@ -103,15 +111,20 @@ class Trainer:
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
+        parallel = sizes()
+        if model.parallel != parallel:
+            raise ConfigError(
+                f"model.parallel: got {model.parallel}, but the world was joined with {parallel}; give "
+                "`join_world` the same"
+            )
         self._fit = partial(
             pack,
             budget=model.micro_batch_tokens,
-            context=parallel_state.get_context_parallel_world_size(),
-            tensor=parallel_state.get_tensor_model_parallel_world_size(),
+            context=parallel.context,
+            tensor=parallel.tensor,
         )
-        copies = parallel_state.get_data_parallel_world_size()
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self._cost = cost_of(self._shape) if copies * stages > 1 else None  # they wait for one another
+        waiting = parallel_state.get_data_parallel_world_size() * parallel.pipeline > 1
+        self._cost = cost_of(self._shape) if waiting else None
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -126,8 +139,10 @@ class Trainer:
 
         Groups are taken in the order of their ids, so arrival order cannot matter; those of fewer than 2
         valid samples are left out and logged. A gradient whose norm is not finite changes no weight and
-        is reported as `skipped`, as is a batch without a trained token. Raises `BatchError` for a step
-        other than the current version or no groups on any rank, `Aborted` when a threshold ended the run.
+        is reported as `skipped`, as is a batch without a trained token. The ranks that share one copy of the
+        model are given the same groups; all ranks return the same figures, but for seconds.
+        Raises `BatchError` for a step other than the current version or no groups on any rank, `Aborted`
+        when a threshold ended the run.
         """
         if step != self.version:
             raise BatchError(f"step {step}: the weights are version {self.version}; train that step first")
@@ -141,6 +156,7 @@ class Trainer:
         self.version += 1
         done = [norm for norm in norms if norm is not None]
         total = tally.merged(merge_over_ranks, max_over_ranks)
+        total.sums, total.maxima = from_last_stage([total.sums, total.maxima], list[dict[str, float]])
         metrics = {
             **summary(total, self._objective.correction == "vtrace"),
             "loss": total["loss"] / max(1, len(done)),
@@ -159,30 +175,38 @@ class Trainer:
         It does not count as a version.
         """
         rows = [row_of_tokens([*prompt, *answer], len(prompt)) for prompt, answer in samples]
-        batches = self._pack(rows)
-        (tokens,) = sum_over_ranks([float(sum(len(batch.targets) for batch in batches))])
+        packed = [Packed(batch) for batch in self._pack(rows)]
+        (tokens,) = sum_over_ranks([float(sum(len(part.batch.targets) for part in packed))])
         losses: list[float] = []
 
-        def loss(batch: MicroBatch) -> torch.Tensor:
-            logprobs, _ = target_logprobs(self._parallel, batch, self._chunk)
-            total = -logprobs.sum() / tokens
+        def loss(_: Packed, output: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            total = -output[0].sum() / tokens
             losses.append(total.item())
             return total
 
-        self._accumulate([partial(loss, batch) for batch in batches], Stopwatch())
+        self._accumulate(packed, loss, Stopwatch())
         norm = self._update(lr)
-        return {"loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": tokens}
+        (total,) = from_last_stage(sum_over_ranks([sum(losses)]), list[float])
+        return {"loss": total, "grad_norm": norm, "lr": lr, "tokens": tokens}
 
     def export(self) -> dict[str, torch.Tensor]:
-        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order."""
+        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order.
+
+        A collective: rank 0 gets all of them, the others none.
+        """
         return export_hf(self._model, self._shape)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint folder that transformers loads, with the source's config and tokenizer."""
-        save_hf(self.export(), self._shape, folder, self._folder)
+        """Write a checkpoint folder that transformers loads, with the source's config and tokenizer.
+
+        Rank 0 writes what all ranks `export`.
+        """
+        tensors = self.export()
+        if rank() == 0:
+            save_hf(tensors, self._shape, folder, self._folder)
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each."""
+        """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each; the same on all ranks."""
         return score(self._model, sequences, self._fit, temperature, self._chunk)
 
     def generate(
@@ -222,10 +246,7 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """A copy of weights, optimizer state and version."""
-        inner = self._optimizer.optimizer.state_dict()["state"]
-        moments = {
-            key: {name: value.clone() for name, value in state.items()} for key, state in inner.items()
-        }
+        moments = [_copy(inner.state_dict()["state"]) for inner in torch_optimizers(self._optimizer)]
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
         return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
 
@@ -236,12 +257,10 @@ class Trainer:
                 parameter.copy_(weights)
             for own, weights in zip(self._exact(), snapshot.exact, strict=True):
                 own.copy_(weights)
-        inner = self._optimizer.optimizer
-        moments = {
-            key: {name: value.clone() for name, value in state.items()}
-            for key, state in snapshot.optimizer.items()
-        }
-        inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
+        for inner, moments in zip(torch_optimizers(self._optimizer), snapshot.optimizer, strict=True):
+            inner.load_state_dict(
+                {"state": _copy(moments), "param_groups": inner.state_dict()["param_groups"]}
+            )
         self.version = snapshot.version
 
     def _exact(self) -> list[torch.Tensor]:
@@ -296,16 +315,16 @@ class Trainer:
         shuffled = np.random.default_rng([self._seed, step]).permutation(np.concatenate(values))
         return np.split(shuffled, np.cumsum([len(part) for part in values])[:-1])
 
-    @torch.no_grad()
-    def _score(self, batch: MicroBatch) -> torch.Tensor:
-        return target_logprobs(self._parallel, batch, self._chunk)[0].cpu()
+    def _score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        forward = partial(target_logprobs, self._parallel, chunk=self._chunk)
+        return forward_only(self._parallel, batches, forward, of_logprobs)
 
     def _train(self, mini: MiniBatch, step: int, lr: float, watch: Stopwatch, tally: Tally) -> float | None:
         """One optimizer step; the gradient norm before clipping, None if there was nothing to train."""
         if not mini.totals.tokens:
             log.warning("step %d: no token to train; the update is skipped", step)
             return None
-        self._accumulate([partial(self._loss, part, mini.totals, tally) for part in mini.packed], watch)
+        self._accumulate(mini.packed, partial(self._loss, mini.totals, tally), watch)
         self.before_update()
         with watch("update"):
             norm = self._update(lr)
@@ -314,12 +333,12 @@ class Trainer:
             log.warning("step %d: gradient norm %s; the update is skipped; groups %s", step, norm, names)
         return norm
 
-    def _loss(self, packed: Packed, totals: Totals, tally: Tally) -> torch.Tensor:
-        packed, config = packed.to(self._device), self._objective
+    def _loss(
+        self, totals: Totals, tally: Tally, packed: Packed, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """A micro-batch's share of the loss, from log-probability and entropy [N] of its targets."""
+        packed, config, (logprobs, entropy) = packed.to(self._device), self._objective, output
         batch = packed.batch
-        logprobs, entropy = target_logprobs(
-            self._parallel, batch, self._chunk, entropy_gradient=config.entropy > 0
-        )
         if not batch.rows:  # only the other ranks' collectives want this pass
             return logprobs.sum()
         proximal = (
@@ -340,20 +359,26 @@ class Trainer:
         (count,) = max_over_ranks([float(len(batches))])
         return self._fit(rows, count=int(count), cost=self._cost)
 
-    def _accumulate(self, losses: Sequence[Callable[[], torch.Tensor]], watch: Stopwatch) -> None:
-        """Sum the gradients of the micro-batches' losses, and then over the ranks."""
+    def _accumulate(
+        self, packed: Sequence[Packed], loss: Callable[..., torch.Tensor], watch: Stopwatch
+    ) -> None:
+        """Sum the gradients of the micro-batches' losses, `loss(packed, output)`, and then over the ranks."""
         # Both: after an update each parameter's grad is its slice of the buffer, and a backward that
         # found it there would count the first micro-batch twice.
         self._optimizer.zero_grad()
         self._parallel.zero_grad_buffer()
-        for loss in losses:
-            with watch("forward"):
-                value = loss()
-            with watch("backward"):
-                value.backward()
-        with watch("backward"):
-            self._parallel.finish_grad_sync()
+
+        def forward(part: Packed) -> Any:
+            bonus = self._objective.entropy > 0
+            return target_logprobs(self._parallel, part.batch, self._chunk, entropy_gradient=bonus)
+
+        forward_backward(self._parallel, packed, forward, loss, watch)
 
     def _update(self, lr: float) -> float:
         """Clip and step; the gradient norm before clipping. A non-finite one changes nothing."""
         return clipped_update(self._parallel, self._optimizer, lr, self._schedule.clip_grad)
+
+
+def _copy(state: dict[Any, dict[str, torch.Tensor]]) -> dict[Any, dict[str, torch.Tensor]]:
+    """An optimizer's moments and counters, copied."""
+    return {key: {name: value.clone() for name, value in part.items()} for key, part in state.items()}

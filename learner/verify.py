@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ import numpy as np
 from buffer.client import Stream
 from buffer.ledger import Ledger, Snapshot
 from weightsync.manifest import Manifest
-from weightsync.protocol import Score, Scores, encode_request
+from weightsync.scoring import ask_scores
 
 _LOOK_S = 0.2
 
@@ -53,11 +52,7 @@ def check_engines(
     for name in live:
         if ledger.actors[name].version != manifest.version:
             continue
-        request = Score(
-            ledger.actors[name].epoch, secrets.token_hex(8), [list(tokens) for tokens in sequences]
-        )
-        stream.redis.rpush(stream.key(f"mail:{name}"), encode_request(request))
-        scores = _answer(stream, name, request.request, deadline)
+        scores = ask_scores(stream, name, ledger.actors[name].epoch, sequences, deadline)
         if scores is not None and scores.label == manifest.label:
             pairs = zip(scores.logprobs, expected, strict=True)
             differences[name] = max(float(np.abs(np.array(got) - want).max()) for got, want in pairs)
@@ -78,14 +73,3 @@ def _wait_applied(stream: Stream, version: int, deadline: float) -> Ledger:
 def _serving(ledger: Ledger) -> list[str]:
     """Live actors whose engine is up."""
     return [n for n, actor in ledger.actors.items() if ledger.alive(n) and actor.state != "starting"]
-
-
-def _answer(stream: Stream, actor: str, request: str, deadline: float) -> Scores | None:
-    """The actor's answer to a request; older answers are passed over."""
-    while (left := deadline - time.monotonic()) > 0:
-        mail = stream.take(stream.key(f"scores:{actor}"), min(1.0, max(0.1, left)))
-        if mail is not None:
-            scores = msgspec.json.decode(mail, type=Scores)
-            if scores.request == request:
-                return scores
-    return None

@@ -86,7 +86,9 @@ def main() -> int:
         tokenizer = Tokenizer(folder)
         from learner.step import Trainer
 
-        trainer = Trainer(folder, settings.model, settings.optimizer, ObjectiveConfig(), settings.seed)
+        trainer = Trainer(
+            folder, settings.model.alone(), settings.optimizer, ObjectiveConfig(), settings.seed
+        )
         report = warm_up_on(trainer, tokenizer, settings.data, settings.sft, settings.seed, log_progress)
         trainer.save(args.out)
     except LearnerError as error:

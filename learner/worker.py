@@ -44,8 +44,9 @@ from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
 from weightsync.config import WeightSyncConfig
+from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
-from weightsync.offer import Offers, address_towards
+from weightsync.offer import Offers, open_offers
 
 if TYPE_CHECKING:
     from learner.ranks import Leader, Ranks
@@ -143,7 +144,7 @@ class Learner:
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
 
-        settings, self._ranks = self._settings, self._ranks or Ranks.meet()
+        settings, self._ranks = self._settings, self._ranks or Ranks.meet(self._settings.model.parallel)
         return Leader(
             self._ranks, folder, settings.model, settings.optimizer, settings.objective, settings.seed
         )
@@ -186,13 +187,13 @@ class Learner:
             asked = Curriculum(order, self._stream, solved=data.skip_solved, failed=data.skip_failed)
         return Feeder(session, asked, ahead=rules.groups_per_step * (rules.max_staleness + 2))
 
-    def _offers(self, session: Session) -> Offers:
-        settings = self._settings.weightsync
-        return Offers(
+    def _offers(self, session: Session) -> Offers | Lanes:
+        return open_offers(
             self._stream,
-            learner_epoch=session.epoch.partition(":")[0],
-            address=settings.address or address_towards(self._stream),
-            timeout_s=settings.timeout_s,
+            self._settings.weightsync,
+            learner_epoch=int(session.epoch.partition(":")[0]),
+            lineage=lambda: session.known.lineage,
+            kept_on_disk=self._settings.stream.max_staleness + 2,
             log=log.info,
         )
 
@@ -255,7 +256,7 @@ def follow(settings: Settings, url: str) -> None:
     def load(folder: Path) -> Trainer:
         return Trainer(folder, settings.model, settings.optimizer, settings.objective, settings.seed)
 
-    Follower(Ranks.meet(), stream, load).follow()
+    Follower(Ranks.meet(settings.model.parallel), stream, load).follow()
 
 
 def main() -> int:

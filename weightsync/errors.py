@@ -1,4 +1,4 @@
-"""Errors of weight sync."""
+"""Errors of weight sync. Each says what happened, where, what was got and expected, and what to do."""
 
 from __future__ import annotations
 
@@ -8,3 +8,19 @@ class WeightSyncError(Exception):
 
     The group it happened in is of no further use: close it and meet the engine again under a new name.
     """
+
+
+class ManifestError(WeightSyncError):
+    """A manifest is not the one offered, or contradicts itself. Nothing was staged."""
+
+
+class SourceError(WeightSyncError):
+    """A source is gone, late, or gave bytes that are not the version's. Verified chunks stay; try another."""
+
+
+class Superseded(WeightSyncError):
+    """A version under way is too old to be of use: groups it wrote could not be trained any more."""
+
+
+class Untouched(WeightSyncError):
+    """An engine refused a version before it changed anything, and serves the old one entirely."""

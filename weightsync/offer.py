@@ -1,20 +1,19 @@
-"""The learner's side of weight sync: every live actor is brought to the newest committed version.
+"""The learner's side of weight sync: what it exported is held, and offered to every live actor.
 
-One lane, a thread, an actor: it meets the actor's engine in a two-rank group and sends the newest
-version it has not sent. Versions that were overtaken are skipped, the step never waits, and an actor
-that fails or is slow costs only its own lane: the lane closes, says so, and a new one opens when the
-actor joins again under a new epoch.
+    with Offers(stream, learner_epoch=3, config=config, log=print) as offers:
+        offers.publish(manifest, tensors)       # returns at once
 
-    with Offers(stream, learner_epoch="3", address="127.0.0.1", timeout_s=30, log=print) as offers:
-        offers.publish(manifest, tensors)
+A thread turns the newest export into a sealed image while the learner trains on; one that was overtaken
+before its turn is never made, so at most one waits, one is being written, and two are held. Actors are
+told by mail and pull; nobody waits for them. One that does not take a version in time is named.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,146 +21,206 @@ import msgspec
 import redis
 
 from buffer.client import Stream
-from buffer.connect import primaries
 from buffer.ledger import ActorRecord
+from weightsync.config import WeightSyncConfig
 from weightsync.errors import WeightSyncError
-from weightsync.manifest import Manifest
-from weightsync.protocol import JoinGroup, Receive, Request, encode_request
-from weightsync.transports.stock import StockGroup
+from weightsync.holder import Held, Holder
+from weightsync.image import Image, write_image
+from weightsync.lanes import Lanes
+from weightsync.manifest import Manifest, digest_of
+from weightsync.protocol import Offer, Source, encode_request
+from weightsync.route import address_towards
+from weightsync.transports.delta import deltas
+from weightsync.transports.disk import save
+from weightsync.transports.gloo import Round
 
 if TYPE_CHECKING:
     import torch
 
 _LOOK_S = 0.5
 _MAIL_LIFE_S = 600
-
-
-class _Newest:
-    """The newest version, handed to every lane."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.manifest: Manifest | None = None
-        self.tensors: Mapping[str, torch.Tensor] = {}
-
-    def put(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        with self.changed:
-            self.manifest, self.tensors = manifest, tensors
-            self.changed.notify_all()
-
-
-class _Lane(threading.Thread):
-    """Brings one actor, under one epoch, to the newest version until it is closed or fails."""
-
-    def __init__(self, offers: Offers, actor: str, epoch: str) -> None:
-        super().__init__(name=f"weights-{actor}", daemon=True)
-        self.actor, self.epoch = actor, epoch
-        self.sent = -1
-        self.push_s = 0.0
-        self._offers, self._closed = offers, False
-
-    def run(self) -> None:
-        offers = self._offers
-        group = None
-        try:
-            while (newest := self._next()) is not None:
-                group = group or self._meet()
-                began = time.monotonic()
-                self._ask(Receive(self.epoch, group.name, newest[0]))
-                group.send(newest[1])
-                self.sent, self.push_s = newest[0].version, time.monotonic() - began
-        except (WeightSyncError, redis.RedisError, OSError) as error:
-            offers.log(f"weights: {self.actor} is left behind at version {self.sent}: {error}")
-        finally:
-            if group is not None:
-                group.close()
-            self._closed = True
-
-    def _next(self) -> tuple[Manifest, Mapping[str, torch.Tensor]] | None:
-        newest = self._offers.newest
-        with newest.changed:
-            while not self._closed:
-                if newest.manifest is not None and newest.manifest.version > self.sent:
-                    return newest.manifest, newest.tensors
-                newest.changed.wait()
-        return None
-
-    def _meet(self) -> StockGroup:
-        offers = self._offers
-        # Group names cannot be used twice in an engine's life; actor epochs never repeat.
-        name = f"weights-{offers.learner_epoch}-{self.actor}-{self.epoch}"
-
-        def invite(port: int) -> None:
-            self._ask(JoinGroup(self.epoch, name, offers.address, port))
-
-        return StockGroup.open(name, address=offers.address, timeout_s=offers.timeout_s, invite=invite)
-
-    def _ask(self, request: Request) -> None:
-        key = self._offers.stream.key(f"mail:{self.actor}")
-        self._offers.stream.redis.rpush(key, encode_request(request))
-        self._offers.stream.redis.expire(key, _MAIL_LIFE_S)
-
-    def close(self) -> None:
-        newest = self._offers.newest
-        with newest.changed:
-            self._closed = True
-            newest.changed.notify_all()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+_MAIL_KEPT = 64
+"""Requests that wait for an actor which reads none: only the newest version matters."""
 
 
 class Offers:
-    """Lanes to all live actors; `publish` gives them a new version and returns at once."""
+    """Versions held and offered; `publish` gives it a new one."""
 
     def __init__(
         self,
         stream: Stream,
         *,
-        learner_epoch: str,
-        address: str,
-        timeout_s: float,
+        learner_epoch: int,
+        config: WeightSyncConfig,
         log: Callable[[str], None],
+        lineage: Callable[[], int] = lambda: 0,
+        kept_on_disk: int = 4,
     ) -> None:
-        self.stream, self.learner_epoch, self.address = stream, learner_epoch, address
-        self.timeout_s, self.log = timeout_s, log
-        self.newest = _Newest()
-        self._lanes: dict[str, _Lane] = {}
-        self._stopped = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="weights-watch", daemon=True)
-        self._watcher.start()
+        """`lineage`: that of now, which a fork changes. `kept_on_disk`: versions that stay in the folder."""
+        self.stream, self.config, self.log = stream, config, log
+        self._epoch, self._lineage, self._kept_on_disk = learner_epoch, lineage, kept_on_disk
+        self._address = config.address or address_towards(stream.redis)
+        self.holder = Holder(self._address)
+        self._round: Round | None = None
+        self.export_s = 0.0
+        """Seconds in which the thread made the last image, its digests and what else is offered of it."""
+        self._changed, self._inviting = threading.Condition(), threading.Lock()
+        self._waiting: tuple[Manifest, Mapping[str, torch.Tensor]] | None = None
+        self._offered: Held | None = None
+        self._sources: list[Source] = []
+        self._actors: dict[str, ActorRecord] = {}
+        self._invited: dict[str, tuple[str, str]] = {}
+        """Actor -> (its epoch, the label it was told of last)."""
+        self._moved: dict[str, tuple[int, float, bool]] = {}
+        """Actor -> (its version, since when there is a newer one to have, whether that was said)."""
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._export, name="weights-export", daemon=True),
+            threading.Thread(target=self._watch, name="weights-watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def publish(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Offers a committed version. The tensors must not change afterwards."""
-        self.newest.put(manifest, tensors)
+        """Offers a version, committed or about to be. The tensors must not change afterwards."""
+        named = msgspec.structs.replace(manifest, lineage=self._lineage(), epoch=self._epoch)
+        with self._changed:
+            self._waiting = (named, tensors)
+            self._changed.notify_all()
 
     def push_seconds(self) -> dict[str, float]:
-        """How long the last push to each actor took, from the request to the last byte sent."""
-        return {name: lane.push_s for name, lane in self._lanes.items() if lane.sent >= 0}
+        """How long the last version took each actor, in staging and in applying, as it says itself."""
+        return {
+            name: record.stats["stage_s"] + record.stats["apply_s"]
+            for name, record in self._actors.items()
+            if record.version >= 0 and "stage_s" in record.stats
+        }
+
+    def held_bytes(self) -> int:
+        """Memory of the images held."""
+        return self.holder.held_bytes()
+
+    def _export(self) -> None:
+        """Turns what was published into images, the newest first and only."""
+        while (job := self._next()) is not None:
+            began = time.monotonic()
+            try:
+                self._hold(*job)
+            except (WeightSyncError, OSError) as error:
+                self.log(f"weights: version {job[0].version} cannot be offered: {error}")
+                continue
+            self.export_s = time.monotonic() - began
+            self._tell()
+
+    def _next(self) -> tuple[Manifest, Mapping[str, torch.Tensor]] | None:
+        with self._changed:
+            while self._waiting is None and not self._stopped:
+                self._changed.wait()
+            job, self._waiting = self._waiting, None
+            return None if self._stopped else job
+
+    def _hold(self, named: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Makes the image of a version, and holds it."""
+        before = self._offered
+        parent = before.manifest.digest if before is not None and self.config.delta else ""
+        named = msgspec.structs.replace(named, parent=parent)
+        image, manifest = write_image(named, tensors)
+        held = self.holder.keep(manifest, image, self._delta(before, manifest, image) if parent else None)
+        sources = self.holder.sources(manifest.label)
+        if self.config.folder:
+            root = Path(self.config.folder)
+            sources.append(save(root, manifest, image, self._kept_on_disk))
+        if self.config.transport == "gloo":
+            (holder,) = [source for source in sources if source.kind == "peer"]
+            sources.append(self._round_of(manifest, image, holder))
+        with self._inviting:
+            self._offered, self._sources = held, sources
+
+    def _round_of(self, manifest: Manifest, image: Image, holder: Source) -> Source:
+        """The source of a broadcast; one that nobody has come to ends."""
+        if self._round is not None:
+            self._round.close()
+        self._round = Round(self._address, manifest, image, holder, self.config.timeout_s)
+        return self._round.source
+
+    def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:
+        if before is None or before.manifest.layout != manifest.layout:
+            return None
+        return deltas(manifest, before.image, image)
+
+    def _tell(self) -> None:
+        """Invites; actors that a Redis which is away hides now are told at a later look."""
+        try:
+            self._invite()
+        except redis.RedisError as error:
+            self.log(f"weights: cannot tell the actors: {error}")
+
+    def _invite(self) -> None:
+        """Tells every live actor whose engine is up of the newest version, once."""
+        with self._inviting:
+            held, sources = self._offered, self._sources
+            if held is None:
+                return
+            for name, record in self._actors.items():
+                told = (record.epoch, held.manifest.label)
+                if record.state != "starting" and self._invited.get(name) != told:
+                    self._mail(name, record.epoch, held, sources)
+                    self._invited[name] = told
+
+    def _mail(self, name: str, epoch: str, held: Held, sources: list[Source]) -> None:
+        manifest = held.manifest
+        offer = Offer(
+            epoch,
+            manifest.version,
+            manifest.digest,
+            manifest.lineage,
+            manifest.epoch,
+            digest_of(held.encoded),
+            sources,
+        )
+        key = self.stream.key(f"mail:{name}")
+        with self.stream.redis.pipeline(transaction=False) as pipe:
+            if self._invited.get(name, ("", ""))[0] != epoch:
+                pipe.delete(key)
+            pipe.rpush(key, encode_request(offer))
+            pipe.ltrim(key, -_MAIL_KEPT, -1)
+            pipe.expire(key, _MAIL_LIFE_S)
+            pipe.execute()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(_LOOK_S):
+        """Looks who is there; newcomers are told, and those that stay behind are named."""
+        while True:
             try:
                 records: Any = self.stream.redis.hgetall(self.stream.key("actors"))
+                self._actors = {
+                    name.decode(): msgspec.json.decode(packed, type=ActorRecord)
+                    for name, packed in records.items()
+                }
             except redis.RedisError as error:
-                self.log(f"weights: cannot read the actors: {error}")
-                continue
-            self._match(
-                {name.decode(): msgspec.json.decode(r, type=ActorRecord) for name, r in records.items()}
-            )
+                self.log(f"weights: cannot see the actors: {error}")
+            self._tell()
+            self._name_those_behind()
+            with self._changed:
+                if self._stopped or self._changed.wait_for(lambda: self._stopped, _LOOK_S):
+                    return
 
-    def _match(self, actors: dict[str, ActorRecord]) -> None:
-        """One lane for each actor whose engine is up, under its epoch."""
-        for name, lane in list(self._lanes.items()):
-            if name not in actors or actors[name].epoch != lane.epoch:
-                lane.close()
-                del self._lanes[name]
-        for name, record in actors.items():
-            if name not in self._lanes and record.state != "starting":
-                self.stream.redis.delete(self.stream.key(f"mail:{name}"))
-                self._lanes[name] = _Lane(self, name, record.epoch)
-                self._lanes[name].start()
+    def _name_those_behind(self) -> None:
+        """Says, once for each version an actor stands at, that it has had time to move on and has not."""
+        held, now = self._offered, time.monotonic()
+        if held is None:
+            return
+        for name, record in self._actors.items():
+            version, since, said = self._moved.get(name, (-2, now, False))
+            if record.version != version or record.version == held.manifest.version:
+                since, said = now, False
+            if not said and now - since > self.config.timeout_s:
+                said = True
+                state = record.stats.get("weights", "nothing")
+                self.log(
+                    f"weights: {name} is left behind at version {record.version} of {held.manifest.version}: "
+                    f"no other for {self.config.timeout_s:g} s; it said last: {state}"
+                )
+            self._moved[name] = (record.version, since, said)
 
     def __enter__(self) -> Offers:
         return self
@@ -169,20 +228,37 @@ class Offers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends all lanes; a push under way is finished or times out."""
-        self._stopped.set()
-        self._watcher.join()
-        for lane in self._lanes.values():
-            lane.close()
-        for lane in self._lanes.values():
-            lane.join(self.timeout_s)
+        """Ends the threads and the server; agents that are pulling turn to others."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        if self._round is not None:
+            self._round.close()
+        self.holder.close()
 
 
-def address_towards(stream: Stream) -> str:
-    """The address of this host that its Redis, and so the actors, can reach; loopback for a unix socket."""
-    options = primaries(stream.redis)[0].get_connection_kwargs()
-    if "host" not in options:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((options["host"], options["port"]))  # sends nothing: it only chooses a route
-        return probe.getsockname()[0]
+def open_offers(
+    stream: Stream,
+    config: WeightSyncConfig,
+    *,
+    learner_epoch: int,
+    lineage: Callable[[], int],
+    kept_on_disk: int,
+    log: Callable[[str], None],
+) -> Offers | Lanes:
+    """The learner's side of the configured transport."""
+    if config.transport == "stock":
+        address = config.address or address_towards(stream.redis)
+        return Lanes(
+            stream, learner_epoch=learner_epoch, address=address, timeout_s=config.timeout_s, log=log
+        )
+    return Offers(
+        stream,
+        learner_epoch=learner_epoch,
+        config=config,
+        log=log,
+        lineage=lineage,
+        kept_on_disk=kept_on_disk,
+    )

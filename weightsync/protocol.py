@@ -1,11 +1,17 @@
 """What the learner asks of an actor's weight worker, by mail in Redis (`{run}:mail:<actor>`).
 
 learner                         actor                       engine
-JoinGroup(group, address) ----> POST init_weights_group --> rendezvous with the learner
-Receive(group, manifest)  ----> POST update_weights ------> receives the broadcast, then serves it
+Offer(version, sources)   ----> stage: pull, verify         goes on generating
+                                apply: a ticket ----------> copies the staged bytes, reports
                                 Applied(version, digest) -> Redis
 Score(sequences)          ----> POST generate -----------> log-probabilities
                                 Scores -------------------> Redis
+
+and with the stock transport, instead of the offer:
+
+JoinGroup(group, address) ----> POST init_weights_group --> rendezvous with the learner
+Receive(group, manifest)  ----> POST update_weights ------> receives the broadcast, then serves it
+                                Applied(version, digest) -> Redis
 """
 
 from __future__ import annotations
@@ -13,6 +19,45 @@ from __future__ import annotations
 import msgspec
 
 from weightsync.manifest import Manifest
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a version can be had."""
+
+    kind: str
+    """The transport: `shm`, `peer`, `disk`, `gloo` or `delta`."""
+    host: str
+    """Identity of the host it is on; empty: of no host in particular."""
+    address: str
+    """A path, or a URL."""
+    token: str = ""
+    """What a holder asks of who pulls from it."""
+
+
+class Offer(msgspec.Struct, tag="offer", frozen=True):
+    """A version may be staged; it may be applied once its digest is the committed one."""
+
+    actor_epoch: str
+    """Epoch of the actor this was written for; a later one ignores it."""
+    version: int
+    digest: str
+    lineage: int
+    """A fork makes a new one, in which versions may go back."""
+    epoch: int
+    """Number of the learner's epoch."""
+    manifest: str
+    """Digest of the manifest as it travels."""
+    sources: list[Source]
+
+    @property
+    def label(self) -> str:
+        """As `Manifest.label`."""
+        return f"{self.version}:{self.digest}"
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What decides which of two offers is the newer one."""
+        return self.epoch, self.lineage, self.version
 
 
 class JoinGroup(msgspec.Struct, tag="join", frozen=True):
@@ -52,7 +97,7 @@ class Scores(msgspec.Struct, frozen=True):
     """Of tokens 1.. of each sequence."""
 
 
-Request = JoinGroup | Receive | Score
+Request = Offer | JoinGroup | Receive | Score
 
 
 def encode_request(request: Request) -> bytes:

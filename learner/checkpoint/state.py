@@ -16,9 +16,11 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
+    ShardedTensorFactory,
     apply_factories,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -53,7 +55,11 @@ def parts(model: GPTModel, optimizer: MegatronOptimizer, *, loading: bool = Fals
         "chained_optim_avoid_prefix": True,  # nor does a key say which of several optimizers held it
     }
     state = {"model": model.sharded_state_dict(metadata=options)}
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=options)
+    if optimizer.config.use_distributed_optimizer:
+        kept = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=options)
+    else:
+        kept = _kept(optimizer, state["model"], loading)
+    state["optimizer"] = kept
     apply_factories(state)
     held = {tensor.untyped_storage().data_ptr() for tensor in _held(model, optimizer)}
     found = []
@@ -72,7 +78,7 @@ def parts(model: GPTModel, optimizer: MegatronOptimizer, *, loading: bool = Fals
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
     """Updates behind the moments of the optimizer."""
-    return max((int(state["step"]) for state in _states(optimizer) if "step" in state), default=0)
+    return max((int(state["step"]) for _, state in _states(optimizer) if "step" in state), default=0)
 
 
 def load(model: GPTModel, optimizer: MegatronOptimizer, folder: Path, rank: int = 0) -> int:
@@ -96,7 +102,7 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, folder: Path, rank: int 
     except (ModelError, OSError, RuntimeError) as error:  # the last: torch's, of a piece that is no tensor
         raise CheckpointError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
     if saved.optimizer_steps:
-        for state in _states(optimizer):
+        for _, state in _states(optimizer):
             state["step"] = torch.tensor(float(saved.optimizer_steps))
     random = folder / random_file(rank)
     if random.exists():  # a rank that the layout of then did not have begins anew
@@ -104,14 +110,38 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, folder: Path, rank: int 
     return saved.version
 
 
+def _kept(optimizer: MegatronOptimizer, model: dict[str, Any], loading: bool) -> list[Any]:
+    """What the optimizer holds of each tensor in `model`, the model's sharded state, under the same keys.
+
+    The keys are those of Megatron-Core's own `sharded_state_dict`, which takes the parameters of a bf16 model
+    to be all of bf16; the fp32 weight beneath one is its `fp32_param`.
+    """
+    if loading:
+        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            one.init_state_fn(one.optimizer, one.config)
+    states = {id(parameter): state for parameter, state in _states(optimizer)}
+    kept = []
+    for sharded in nested_values(model):
+        if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
+            continue
+        exact = getattr(sharded.data, "main_param", sharded.data)
+        values = {name: value for name, value in states.get(id(exact), {}).items() if name != "step"}
+        if exact is not sharded.data:
+            values["fp32_param"] = exact
+        for name, value in values.items():
+            kept.append(make_sharded_optimizer_tensor(sharded, value, f"optimizer.state.{name}"))
+    return kept
+
+
 def _held(model: GPTModel, optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
-    for values in [model.state_dict(keep_vars=True), *_states(optimizer)]:
-        yield from (value for value in values.values() if isinstance(value, torch.Tensor))
-    for group in optimizer.param_groups:  # with bf16 parameters, the fp32 ones that are updated
-        yield from group["params"]
+    for parameter, state in _states(optimizer):
+        yield parameter  # bf16: the fp32 weight
+        yield from state.values()
+    yield from (value for value in model.state_dict(keep_vars=True).values() if torch.is_tensor(value))
 
 
-def _states(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
-    """What each chained optimizer holds of each parameter."""
+def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Each parameter of each chained optimizer, and what is held of it."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        yield from one.optimizer.state.values()
+        for group in one.optimizer.param_groups:
+            yield from ((value, one.optimizer.state.get(value, {})) for value in group["params"])

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ from learner.convert.dist_checkpoint import DistCheckpoint, Piece, write_checkpo
 from learner.convert.hf import HfFolder, check_coverage, copy_files
 from learner.convert.names import hf_shapes, mtp_rules, rules
 from learner.convert.rule import Rule
+from learner.convert.shares import pieces, shares
 from learner.convert.stream import write_safetensors
 from learner.errors import ModelError
 from learner.model.hf_config import read_shape
@@ -28,29 +28,6 @@ from learner.model.shape import Shape
 
 Report = Callable[[int, int], None]
 """Called with the files that are done and all files."""
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """Where a tensor of the model lies in a checkpoint: one key, or a slice of it."""
-
-    key: str
-    shape: tuple[int, ...]
-    """Dimensions of the whole key."""
-    start: tuple[int, ...]
-    """Where the tensor's piece begins in it."""
-    size: tuple[int, ...]
-    """Dimensions of the piece, as many as the key has."""
-
-
-def shares(rule: Rule, shape: Shape) -> list[Share]:
-    """The pieces, in the order of their rows, that together are the rule's tensor."""
-    if rule.expert is None:
-        return [Share(key, dims, (0,) * len(dims), dims) for key, dims in rule.keys().items()]
-    return [
-        Share(key, (shape.experts.count, *dims), (rule.expert, *[0] * len(dims)), (1, *dims))
-        for key, dims in rule.keys().items()
-    ]
 
 
 def hf_to_mcore(source: Path, out: Path, report: Report) -> None:
@@ -151,11 +128,8 @@ def _merged(
     for rule in members:
         parts = [stored.tensor(part.name) for part in rule.parts]
         merged = rule.merge([part.float() if rule.shift else part for part in parts])
-        row = 0
-        for share in shares(rule, shape):
-            rows = share.size[0] if rule.expert is None else merged.size(0)
-            yield share.key, share.shape, share.start, merged[row : row + rows].view(share.size)
-            row += rows
+        for share, piece in pieces(rule, shape, merged):
+            yield share.key, share.shape, share.start, piece
 
 
 def _split(

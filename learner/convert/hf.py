@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from learner.convert.held import Held, alone, by_share, named_tensors, whole_tensors
 from learner.convert.names import hf_shapes, rules
+from learner.convert.shares import pieces, shares
 from learner.errors import ModelError
 from learner.model.shape import Shape
 
@@ -58,31 +59,53 @@ class HfFolder:
 
 
 def load_hf(model: GPTModel, shape: Shape, folder: Path) -> None:
-    """Load every tensor of `folder`/*.safetensors into `model`, as fp32.
+    """Load `folder`/*.safetensors into `model`: of each tensor the part that this rank holds.
 
-    Tensors of multi-token prediction are checked and left alone: `save_hf` copies them. Raises
-    `ModelError` naming the tensor when one is missing, unknown, stored twice or of another shape.
+    Tensors of which it holds nothing are not read. Tensors of multi-token prediction are checked and left
+    alone: `save_hf` copies them. Raises `ModelError` naming the tensor when one is missing, unknown, stored
+    twice or of another shape.
     """
     source = HfFolder(folder)
     check_coverage(source, shape)
-    targets = _tensors(model)
     with torch.no_grad():
-        for rule in rules(shape):
-            parts = [source.tensor(part.name).float() for part in rule.parts]
-            targets.pop(rule.mcore).copy_(rule.merge(parts))
-    if targets:
+        unfilled = _fill_alone(model, shape, source) if alone() else _fill(model, shape, source)
+    if unfilled:
         raise ModelError(
-            f"{folder}: no rule fills {sorted(targets)} of the model; learner/convert/names.py needs one"
+            f"{folder}: no rule fills {sorted(unfilled)} of the model; learner/convert/names.py needs one"
         )
 
 
-def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
-    """The trained weights under Hugging Face names: fp32 copies on the CPU, always in the same order."""
-    sources = _tensors(model)
-    tensors = {}
+def _fill_alone(model: GPTModel, shape: Shape, source: HfFolder) -> list[str]:
+    """Fills a model that no other rank shares; the names of what no rule fills."""
+    targets = named_tensors(model)
     for rule in rules(shape):
-        split = rule.split(sources[rule.mcore].detach().to("cpu", torch.float32))
-        for part, tensor in zip(rule.parts, split, strict=True):
+        parts = [source.tensor(part.name).float() for part in rule.parts]
+        targets.pop(rule.mcore).copy_(rule.merge(parts))
+    return list(targets)
+
+
+def _fill(model: GPTModel, shape: Shape, source: HfFolder) -> list[str]:
+    """Fills this rank's part of the model; the keys of what no rule fills."""
+    held = Held(model)
+    regions = by_share(held.tensors)
+    for rule in rules(shape):
+        if not any((share.key, share.expert) in regions for share in shares(rule, shape)):
+            continue
+        merged = rule.merge([source.tensor(part.name).float() for part in rule.parts])
+        for share, piece in pieces(rule, shape, merged):
+            for region in regions.get((share.key, share.expert), ()):
+                held.tensors.pop(region).copy_(region.of(piece, share))
+    return [region.key for region in held.tensors]
+
+
+def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
+    """The trained weights under Hugging Face names: fp32 copies on the CPU, always in the same order.
+
+    A collective of all ranks that share the model: rank 0 gets all tensors, the others none.
+    """
+    tensors = {}
+    for rule, merged in whole_tensors(model, shape):
+        for part, tensor in zip(rule.parts, rule.split(merged.to("cpu", torch.float32)), strict=True):
             tensors[part.name] = torch.empty(part.shape).copy_(tensor)
     return tensors
 
@@ -104,21 +127,6 @@ def copy_files(source: Path, folder: Path) -> None:
     for pattern in COPIED_PATTERNS:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
-
-
-def _tensors(model: GPTModel) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers of `model` by the names of rules; writing to them writes to the model."""
-    state = model.state_dict(keep_vars=True)
-    return {
-        rule_name(name): value
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")  # FP8 scales
-    }
-
-
-def rule_name(name: str) -> str:
-    """What a rule calls a parameter: Transformer Engine numbers the weights of grouped experts instead."""
-    return re.sub(r"\.experts\.(\w+)\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 
 
 def check_coverage(source: HfFolder, shape: Shape) -> None:

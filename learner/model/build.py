@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from learner.config import Recompute
+from learner.config import ParallelConfig, Recompute
 from learner.errors import ModelError
 from learner.model.cpu import stand_in_for_cuda
+from learner.model.layout import check_shape, stage_layers
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
-from learner.model.world import join_world
+from learner.model.world import join_world, sizes
 
 if TYPE_CHECKING:
     from learner.model.hybrid import PackedHybrid
@@ -33,9 +36,12 @@ CPU_FIELDS = {
 
 
 def transformer_config(
-    shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    recompute: Recompute = "none",
+    parallel: ParallelConfig | None = None,
 ) -> TransformerConfig:
-    """Megatron-Core's description of `shape`: parameters of `dtype`, no dropout."""
+    """Megatron-Core's description of `shape`: parameters of `dtype`, no dropout; `parallel` None is alone."""
     latent = isinstance(shape.attention, LatentAttention)
     fields = _latent_attention(shape) if latent else _attention(shape)
     if shape.delta_net is not None:
@@ -44,7 +50,10 @@ def transformer_config(
         fields |= _experts(shape.experts, shape)
     fields |= _gpu().config_fields(latent) if torch.cuda.is_available() else CPU_FIELDS
     return (MLATransformerConfig if latent else TransformerConfig)(
-        **_common(shape, dtype) | _recompute(shape, recompute) | fields
+        **_common(shape, dtype)
+        | _shared(parallel or ParallelConfig(), dtype)
+        | _recompute(shape, recompute)
+        | fields
     )
 
 
@@ -74,9 +83,10 @@ def _common(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 def build_model(
     shape: Shape, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
 ) -> GPTModel | PackedHybrid:
-    """The model with uninitialised weights, on the GPU if there is one, in a world joined if it was not.
+    """This rank's part of the model, with uninitialised weights, on the GPU if there is one.
 
-    Its parameters are of `dtype`, but see `keep_gates`. Raises `ModelError` where a part is missing.
+    It joins a world of one if none was joined. Its parameters are of `dtype`, but see `keep_gates`. Raises
+    `ModelError` where a part is missing, `ConfigError` where ranks cannot share a model of this shape so.
     """
     if shape.hybrid is not None and not torch.cuda.is_available():
         raise ModelError(
@@ -86,22 +96,29 @@ def build_model(
     if not torch.cuda.is_available():
         stand_in_for_cuda()
     join_world()
+    check_shape(sizes(), shape)
     if torch.cuda.is_available():
         _gpu().prepare()
     build = _gpt if shape.hybrid is None else _hybrid
     model = build(shape, dtype, recompute)
     keep_gates(model)
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.frozen_expert_bias = True  # as loaded, whatever the balance
     return model
 
 
 def _gpt(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> GPTModel:
     # Its constructor warns that HybridModel will replace it; nothing a user could act upon.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    config = transformer_config(shape, dtype, recompute)
+    parallel, stage = sizes(), parallel_state.get_pipeline_model_parallel_rank()
+    config = transformer_config(shape, dtype, recompute, parallel)
     latent = isinstance(shape.attention, LatentAttention)
     return GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(shape, config),
+        transformer_layer_spec=block_spec(shape, config, stage_layers(shape, parallel, stage)),
+        pre_process=stage == 0,
+        post_process=stage == parallel.pipeline - 1,
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_length,
         share_embeddings_and_output_weights=shape.tied,
@@ -147,6 +164,20 @@ def data_parallel(model: GPTModel) -> DistributedDataParallel:
         grad_reduce_in_fp32=True,
     )
     return DistributedDataParallel(model.config, config, model)
+
+
+def _shared(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """How ranks share the model."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": parallel.pipeline > 1,  # micro-batches are packed, so lengths differ
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _gpu() -> ModuleType:

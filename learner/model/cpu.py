@@ -11,13 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
 from megatron.core.ssm.gated_delta_net import common, gdn
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as tensor_random
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
-from learner.model import delta_rule
+from learner.model import delta_rule, gloo
+from learner.model.context import owners, positions
+from learner.model.norm import DuplicatedLinear
 
 
 class _NoStream:
@@ -62,7 +66,19 @@ def stand_in_for_cuda() -> None:
     stream = _NoStream()
     torch.cuda.current_stream = lambda device=None: stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    # Pipeline stages wait for what they sent, and move a tied embedding to its device.
+    torch.cuda.synchronize = lambda device=None: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    # Sequence parallelism asks for random states by name, though nothing here is random.
+    tensor_random.initialize_rng_tracker(inference_rng_tracker=True)
+    # Splits of an exchange between experts' ranks are numbers on the host, which tensors here already are.
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+    # Experts that ranks share in unequal parts are gathered over gloo.
+    mappings._gather_along_first_dim = gloo.gather
+    mappings._reduce_scatter_along_first_dim = gloo.reduce_scatter
+    # Latent attention takes its narrow projections from ModelOpt when there is no Transformer Engine.
+    multi_latent_attention.Linear = DuplicatedLinear
     # What is computed again gets the random state that it had, though nothing here is random.
     tensor_random._get_cuda_rng_state = lambda **_: None
     tensor_random._set_cuda_rng_state = lambda state, **_: None
@@ -75,6 +91,19 @@ def stand_in_for_cuda() -> None:
     gdn.chunk_gated_delta_rule = delta_rule.chunk_gated_delta_rule
     # The unfused rotary embedding of packed sequences runs a few kernels for every sequence.
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
+    # A table for a fused kernel, made when the model is built, is dealt out through pinned memory.
+    yarn_rotary_pos_embedding.get_pos_emb_on_this_cp_rank = _table_share
+
+
+def _table_share(table: torch.Tensor, dim: int, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """The rows of a rotary table that a context-parallel rank holds, along `dim`: its two pieces."""
+    pieces = table.chunk(2 * group.size(), dim)
+    return torch.cat((pieces[group.rank()], pieces[-1 - group.rank()]), dim)
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`tensor`, as numpy if asked for and it is one; Megatron-Core's own does so with CUDA tensors alone."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def rotate_packed(
@@ -88,12 +117,13 @@ def rotate_packed(
 ) -> torch.Tensor:
     """Rotary embedding of packed heads `t` [T, heads, D] from angles `freqs` [longest, 1, 1, R <= D].
 
-    Same values as Megatron-Core's `_apply_rotary_pos_emb_thd`, in one pass over all sequences.
+    With context parallelism `t` holds this rank's pieces of the sequences. Same values as Megatron-Core's
+    `_apply_rotary_pos_emb_thd`, in one pass over all sequences.
     """
-    lengths = torch.diff(cu_seqlens)
-    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    positions = torch.arange(t.size(0), device=t.device) - starts
-    cos, sin = ((table(freqs) * mscale).flatten(1)[positions, None] for table in (torch.cos, torch.sin))
+    places = positions(cu_seqlens)
+    if cp_group is not None and cp_group.size() > 1:
+        places = places[owners(cu_seqlens, cp_group.size()) == cp_group.rank()]
+    cos, sin = ((table(freqs) * mscale).flatten(1)[places, None] for table in (torch.cos, torch.sin))
     rotated, rest = t[..., : cos.size(-1)], t[..., cos.size(-1) :]
     if mla_rotary_interleaved:  # DeepSeek's pairs are neighbours in the checkpoint
         rotated = torch.cat((rotated[..., ::2], rotated[..., 1::2]), dim=-1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from learner.model.context import positions
+
 CHUNK = 64
 """Tokens between two updates of the recurrent state; shorter sequences use shorter chunks."""
 
@@ -34,11 +36,11 @@ def causal_conv1d(
     forward passes.
     """
     assert (activation, initial_state, output_final_state) == ("silu", None, False)
-    positions = _positions(cu_seqlens)
+    places = positions(cu_seqlens)
     total = x * weight[:, -1]
     for back in range(1, weight.size(1)):
         earlier = F.pad(x, (0, 0, back, 0))[:, : x.size(1)]
-        inside = (positions >= back).to(x.dtype)[:, None]
+        inside = (places >= back).to(x.dtype)[:, None]
         total = total + earlier * inside * weight[:, -1 - back]
     return F.silu(total if bias is None else total + bias), None
 
@@ -108,7 +110,7 @@ class _Chunks:
         first = counts.cumsum(0) - counts
         self.number = int(counts.sum())
         """N: chunks of all sequences."""
-        self.slots = torch.repeat_interleave(first * self.size, lengths) + _positions(cu_seqlens)
+        self.slots = torch.repeat_interleave(first * self.size, lengths) + positions(cu_seqlens)
         """int64 [T]: where each token lies in the concatenation of all chunks."""
         order = counts.argsort(descending=True, stable=True)
         self.rounds = [first[order][counts[order] > index] + index for index in range(int(counts.max()))]
@@ -122,10 +124,3 @@ class _Chunks:
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """[N, H, C, ...] back to [T, H, ...]."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
-
-
-def _positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: position of each token in its own sequence."""
-    lengths = torch.diff(cu_seqlens).long()
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    return torch.arange(len(starts)) - starts

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core import parallel_state
 
-from learner.model.attention import PackedSequences
+from learner.model.inputs import Inputs
 from learner.model.output import logits_of, logprobs_of
+from learner.model.schedule import forward_only
+from learner.model.world import from_rank_0
 from learner.packing import MicroBatch, Row, row_of_tokens
 
 Pack = Callable[[Sequence[Row]], list[MicroBatch]]
@@ -23,15 +25,22 @@ def target_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [N] of each of the batch's targets after temperature, and entropy [N] there, fp32.
 
-    The output layer runs over `chunk` targets at a time; see `learner.model.output`.
+    The output layer runs over `chunk` targets at a time; see `learner.model.output`. On a pipeline stage
+    other than the last: the stage's hidden states, for the next one (`learner.model.schedule`).
     """
     return _run(model, batch, partial(logprobs_of, chunk=chunk, entropy_gradient=entropy_gradient))
+
+
+def of_logprobs(output: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The log-probabilities in what `target_logprobs` gives, on the CPU."""
+    return output[0].cpu()
 
 
 def target_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits [N, V] from which each of the batch's targets is predicted, before temperature.
 
-    All of them at once: for what samples or compares whole distributions, not for training.
+    All of them at once: for what samples or compares whole distributions, not for training. On a pipeline
+    stage other than the last: its hidden states.
     """
     return _run(model, batch, logits_of)
 
@@ -47,11 +56,12 @@ def score(
     """Log-probability of tokens 1.. of each sequence, float32 [T - 1] each, in the order given."""
     rows = [row_of_tokens(sequence, 1, temperature) for sequence in sequences]
     scores = [np.zeros(0, np.float32) for _ in rows]
-    for batch in pack(rows):
-        logprobs, _ = target_logprobs(model, batch, chunk)
+    batches = pack(rows)
+    found = forward_only(model, batches, partial(target_logprobs, model, chunk=chunk), of_logprobs)
+    for batch, logprobs in zip(batches, found, strict=True):
         counts = torch.bincount(batch.sample).tolist()
         for index, part in zip(batch.rows, logprobs.split(counts), strict=True):
-            scores[index] = part.cpu().numpy()
+            scores[index] = part.numpy()
     return scores
 
 
@@ -77,7 +87,9 @@ def generate(
         # One position is predicted a sequence: the target itself is not known yet, hence the 0.
         rows = [row_of_tokens([*sequences[index], 0], len(sequences[index])) for index in running]
         logits = _last_logits(model, rows, pack)
-        for index, token in zip(running, _draw(logits, temperature, source), strict=True):
+        # Logits of several copies may differ in their last bit, where copies share experts.
+        drawn = from_rank_0(_draw(logits, temperature, source))
+        for index, token in zip(running, drawn, strict=True):
             sequences[index].append(token)
         running = [index for index in running if sequences[index][-1] != eos_id]
         if not running:
@@ -89,7 +101,8 @@ def generate(
 def _last_logits(model: torch.nn.Module, rows: list[Row], pack: Pack) -> torch.Tensor:
     """[len(rows), V]: logits of the one target of each row, in the order of `rows`."""
     batches = pack(rows)
-    logits = torch.cat([target_logits(model, batch).float().cpu() for batch in batches])
+    found = forward_only(model, batches, partial(target_logits, model), lambda logits: logits.float().cpu())
+    logits = torch.cat(found)
     order = torch.tensor([index for batch in batches for index in batch.rows])
     return logits[order.argsort()]
 
@@ -103,24 +116,18 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
 
 def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
     """`output` of the model's last hidden states; only the predictors' pass the output layer."""
-    batch = batch.to(next(model.parameters()).device)
-    return model(
-        input_ids=batch.tokens[None],
-        position_ids=batch.positions[None],
+    inputs = Inputs.of(batch.to(next(model.parameters()).device))
+    result = model(
+        input_ids=inputs.batch.tokens[None],
+        position_ids=inputs.batch.positions[None],
         attention_mask=None,
-        packed_seq_params=_boundaries(batch),
+        packed_seq_params=inputs.sequences,
         output_processor=partial(_processor, output),
-        output_processor_context=batch,
+        output_processor_context=inputs.batch,
     )
-
-
-def _boundaries(batch: MicroBatch) -> PackedSeqParams:
-    """What the attention of the batch's device wants to know of its sequences."""
-    if not batch.tokens.is_cuda:
-        return PackedSequences.of(batch.cu_seqlens_padded)
-    from learner.model.gpu import boundaries  # needs Transformer Engine
-
-    return boundaries(batch)
+    if not parallel_state.is_pipeline_last_stage():
+        return result
+    return tuple(map(inputs.whole, result)) if isinstance(result, tuple) else inputs.whole(result)
 
 
 def _processor(

@@ -1,4 +1,4 @@
-"""RMS norms for hosts without Transformer Engine, alone and in front of a linear layer.
+"""RMS norms for hosts without Transformer Engine, alone and in front of a linear layer; a whole linear layer.
 
 Parameters have the names that Transformer Engine gives them, so that checkpoints are the same.
 """
@@ -54,6 +54,24 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         zero_centred = self.config.layernorm_zero_centered_gamma
         normed = _rms_norm(input_, self.layer_norm_weight, self.eps, zero_centred)
         return super().forward(normed, **kwargs)
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """A linear layer that every tensor-parallel rank has all of, for its own share of the tokens.
+
+    As with Transformer Engine, the narrow projections of latent attention are such: what leaves them is
+    whole, so that norm and rotary embedding can read it. Gradients are summed over the ranks, as a norm's.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **_: Any) -> None:
+        """The arguments with which Megatron-Core builds a linear layer."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[T, B, input_size] to [T, B, output_size] and no bias."""
+        return torch.matmul(input_, self.weight.t()), None
 
 
 def _gain(config: TransformerConfig, width: int) -> torch.nn.Parameter:

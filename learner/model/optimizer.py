@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from learner.config import OptimizerConfig
 from learner.model.cpu import CudaMeansCpu
@@ -86,12 +91,42 @@ def update(optimizer: MegatronOptimizer, lr: float) -> None:
 def clip_gradients(model: DistributedDataParallel, limit: float) -> float:
     """Scale the gradients of `model` to a global norm of at most `limit` (0: never); the norm before.
 
-    The norm is computed over the contiguous gradient buffers, in float64; it may be inf or nan, in
-    which case nothing is scaled.
+    The norm is that of the whole model, computed in float64, each weight counted once whatever ranks hold
+    it; it may be inf or nan, in which case nothing is scaled.
     """
-    buffers = [buffer.grad_data for buffer in model.buffers]
-    norm = math.sqrt(sum(float(data.double().square().sum()) for data in buffers))
+    experts = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+    shared = _square_sum(model.buffers, parallel_state.get_model_parallel_group())
+    norm = math.sqrt(shared + _square_sum(model.expert_parallel_buffers, experts))
     if limit and math.isfinite(norm) and norm > limit:
-        for data in buffers:
-            data.mul_(limit / norm)
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            buffer.grad_data.mul_(limit / norm)
     return norm
+
+
+def _square_sum(buffers: list[Any], holders: dist.ProcessGroup) -> float:
+    """The sum of squared gradients of `buffers` over the ranks `holders` that hold one copy of them together.
+
+    A buffer is contiguous and summed at once, unless some of its weights are counted on another rank.
+    """
+    total = 0.0
+    for buffer in buffers:
+        counted = [param for param in buffer.params if _is_counted(param)]
+        whole = len(counted) == len(buffer.params)
+        parts = [buffer.grad_data] if whole else [param.main_grad for param in counted]
+        total += sum(float(part.double().square().sum()) for part in parts)
+    if holders.size() == 1:
+        return total
+    summed = torch.tensor([total], dtype=torch.float64)
+    dist.all_reduce(summed, group=holders)
+    return float(summed)
+
+
+def _is_counted(param: torch.nn.Parameter) -> bool:
+    """Whether it is on this rank that `param` counts, out of those that hold the same weights."""
+    expert_tensor = parallel_state.get_expert_tensor_parallel_group()
+    return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param, None, expert_tensor)
+
+
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that hold the moments: one for what all ranks share, one for experts if they differ."""
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]

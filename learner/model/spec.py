@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from learner.model.attention import PackedAttention
-from learner.model.norm import LATENT_NORM_EPS, NormColumnParallelLinear, RMSNorm
+from learner.model.norm import LATENT_NORM_EPS, DuplicatedLinear, NormColumnParallelLinear, RMSNorm
 from learner.model.shape import LatentAttention, Layer, Shape
 
 
@@ -47,7 +47,7 @@ class CpuBackend(LocalSpecProvider):
 
     def down_linear(self) -> type:
         """The linear layer that leads into it."""
-        return self.column_parallel_linear()
+        return DuplicatedLinear
 
 
 def _backend(config: TransformerConfig) -> BackendSpecProvider:
@@ -58,11 +58,11 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
     return GpuBackend()
 
 
-def block_spec(shape: Shape, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The modules of all layers and of the norm behind them."""
+def block_spec(shape: Shape, config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+    """The modules of `layers`, which are those of one pipeline stage, and of the norm behind the last."""
     backend = _backend(config)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(shape, layer, config, backend) for layer in shape.layers],
+        layer_specs=[_layer(shape, shape.layers[number], config, backend) for number in layers],
         layer_norm=backend.layer_norm(),
     )
 

@@ -106,8 +106,9 @@ def difference(version: Version, tokens: list[int], logprobs: list[float]) -> np
 async def test_an_interruption_without_new_weights_changes_nothing(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampling, calls = SamplingConfig(max_new_tokens=60, ignore_eos=True), []
-    whole = await engine.generate(PROMPT, SEEDS, sampling)
+    """Neither for those it runs nor for those in its queue: it runs 8 at a time."""
+    sampling, calls, seeds = SamplingConfig(max_new_tokens=40, ignore_eos=True), [], range(12)
+    whole = await engine.generate(PROMPT, seeds, sampling)
     post = engine._post
 
     async def counting(path: str, *rest: object) -> bytes:
@@ -115,7 +116,7 @@ async def test_an_interruption_without_new_weights_changes_nothing(
         return await post(path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine, "_post", counting)
-    generating = asyncio.create_task(engine.generate(PROMPT, SEEDS, sampling))
+    generating = asyncio.create_task(engine.generate(PROMPT, seeds, sampling))
     await asyncio.sleep(0.1)
     async with engine.idle():
         assert engine.gate.within == 0

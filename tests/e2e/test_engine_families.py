@@ -18,6 +18,8 @@ from launch.tiny_model import make_tiny
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.step import Trainer
 from tests.e2e.test_engine import meet, reference
+from weightsync.holder import Held
+from weightsync.image import write_image
 from weightsync.manifest import Manifest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -107,5 +109,11 @@ async def test_scores_and_answers_equal_transformers_and_the_learner(folders: li
         assert max(found.values()) < TOLERANCE, found
         stale = await worst(engine, before)
         assert min(stale.values()) > 100 * TOLERANCE, stale
+        for version, policy, way in ((2, before, "names"), (3, after, "plan")):
+            exported = policy.trainer.export()
+            image, complete = write_image(Manifest.of(version, exported), exported)
+            assert (await engine.load_weights(Held(complete, image), check=True)).way == way
+            found = await worst(engine, policy)
+            assert max(found.values()) < TOLERANCE, found
     finally:
         await engine.stop()

@@ -147,12 +147,11 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([model(torch.tensor([s[:-1]], device=device)).logits[0] for s in sequences()])
 
 
-def logprobs_of(model: torch.nn.Module) -> np.ndarray:
+def logprobs_of(model: torch.nn.Module) -> torch.Tensor:
     """[N]: log-probability of every token of `sequences` but the first of each."""
-    with torch.no_grad():
-        logs = logits_of(model).float().log_softmax(-1).cpu()
-    targets = torch.tensor([token for sequence in sequences() for token in sequence[1:]])
-    return logs.gather(1, targets[:, None]).squeeze(1).numpy()
+    logs = logits_of(model).float().log_softmax(-1)
+    targets = torch.tensor([token for sequence in sequences() for token in sequence[1:]], device=logs.device)
+    return logs.gather(1, targets[:, None]).squeeze(1)
 
 
 @contextmanager

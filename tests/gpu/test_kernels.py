@@ -14,10 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from learner.convert.hf import rule_name
+from learner.convert.held import rule_name
 from learner.convert.names import rules
 from learner.model import forward
-from learner.model.forward import target_logits
+from learner.model.forward import target_logits, target_logprobs
 from learner.packing import MicroBatch, pack, row_of_tokens
 from learner.step import Trainer
 from tests.gpu.cases import CASES, hf_tensors, logits_of, logprobs_of, make, sequences
@@ -25,10 +25,19 @@ from tests.unit.learner.families import router_margin
 
 Family = tuple[str, Path, torch.nn.Module]
 
+LIMITS = {"nemotron_h": 5e-3}
+"""Largest error of a logit, in units of their rms, other than 1e-4: mamba-ssm multiplies fp32 as TF32."""
+EXACT = [case for case in CASES if case != "qwen3_next"]
+"""Run in fp32; gated DeltaNet is not, because its fp32 kernels take minutes to compile."""
+
 
 def make_trainer(folder: Path, tokens: int = 1000, dtype: str = "float32") -> Trainer:
     model = ModelConfig(path=str(folder), micro_batch_tokens=tokens, dtype=dtype)
     return Trainer(folder, model, OptimizerConfig(), ObjectiveConfig())
+
+
+def run_dtype(case: str) -> str:
+    return "float32" if case in EXACT else "bfloat16"
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -39,6 +48,18 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, folder, theirs
 
 
+def gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What the backward pass left, under Hugging Face names."""
+    parameters = {rule_name(name): value for name, value in trainer._model.named_parameters()}
+    found = {}
+    for rule in rules(trainer._shape):
+        if rule.mcore in parameters:  # the router's correction bias is a buffer
+            gradient = replace(rule, shift=0.0).split(parameters[rule.mcore].main_grad.float().cpu())
+            found |= {part.name: got for part, got in zip(rule.parts, gradient, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("family", EXACT, indirect=True)
 def test_logits_and_gradients_in_fp32_equal_transformers(family: Family) -> None:
     case, folder, theirs = family
     trainer = make_trainer(folder)
@@ -47,52 +68,45 @@ def test_logits_and_gradients_in_fp32_equal_transformers(family: Family) -> None
     expected = logits_of(theirs)
     rms = expected.square().mean().sqrt().item()
     error = (logits.detach().cpu() - expected).abs().max().item()
-
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     (logits * weights.cuda()).sum().backward()
     theirs.zero_grad()
     (expected * weights).sum().backward()
-    wanted = hf_tensors(theirs, gradients=True)
-    parameters = {rule_name(name): value for name, value in trainer._model.named_parameters()}
-    worst, compared = ("", 0.0), 0
-    for rule in rules(trainer._shape):
-        if rule.mcore not in parameters:  # the router's correction bias is a buffer
-            continue
-        gradient = replace(rule, shift=0.0).split(parameters[rule.mcore].main_grad.cpu())
-        for part, got in zip(rule.parts, gradient, strict=True):
-            right = wanted[part.name]
-            assert right.norm() > 0 or ".experts." in part.name, part.name  # some expert may be idle
-            away = ((got - right).norm() / right.norm()).item() if right.norm() > 0 else float(got.norm())
-            worst = max(worst, (part.name, away), key=lambda pair: pair[1])
-            compared += 1
-    print(f"\n{case}: fp32 logits {error:.1e} at rms {rms:.2f}; worst gradient {worst[1]:.1e} ({worst[0]})")
-    assert error <= 1e-4 * max(1.0, rms)
-    assert worst[1] <= 1e-3, worst
-    assert compared == len(wanted)
+    wanted, found = hf_tensors(theirs, gradients=True), gradients_of(trainer)
+    assert wanted.keys() == found.keys()
+    away = {}
+    for name, right in wanted.items():
+        assert right.norm() > 0 or ".experts." in name, name  # some expert may be idle
+        away[name] = ((found[name] - right).norm() / right.norm().clamp(min=1e-9)).item()
+    worst = max(away, key=lambda name: away[name])
+    print(f"\n{case}: fp32 logits {error:.1e} at rms {rms:.2f}; worst gradient {away[worst]:.1e} ({worst})")
+    limit = LIMITS.get(case, 1e-4)
+    assert error <= limit * max(1.0, rms)
+    assert away[worst] <= 10 * limit, worst
 
 
-def test_packed_equals_one_by_one(family: Family) -> None:
-    together = np.concatenate(make_trainer(family[1]).score(sequences()))
-    alone = np.concatenate(make_trainer(family[1], tokens=1).score(sequences()))
-    print(f"\n{family[0]}: packed against one by one {np.abs(together - alone).max():.1e}")
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-
-
-def test_without_boundaries_a_sequence_sees_its_neighbour(
+def test_packed_equals_one_by_one_and_leaks_without_boundaries(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(family[1])
-    sound = trainer.score(sequences())
+    case, folder, _ = family
+    trainer = make_trainer(folder, dtype=run_dtype(case))
+    together = trainer.score(sequences())
+    alone = make_trainer(folder, tokens=1, dtype=run_dtype(case)).score(sequences())
     honest: Callable[[MicroBatch], object] = forward._boundaries
 
     def leaky(batch: MicroBatch) -> object:
-        length = len(batch.tokens)
-        return honest(replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], max_length=length))
+        ends, length = batch.cu_seqlens_padded[[0, -1]], len(batch.tokens)
+        return honest(replace(batch, cu_seqlens=ends, cu_seqlens_padded=ends, max_length=length))
 
     monkeypatch.setattr(forward, "_boundaries", leaky)
     leaking = trainer.score(sequences())
-    np.testing.assert_allclose(leaking[0], sound[0], atol=1e-5)
-    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(leaking[1:], sound[1:], strict=True))
+    off = max(np.abs(a - b).max() for a, b in zip(together, alone, strict=True))
+    first, *leaks = (np.abs(a - b).max() for a, b in zip(together, leaking, strict=True))
+    print(f"\n{case}: packed against one by one {off:.1e}; without boundaries {min(leaks):.1e} at least")
+    limit = {"float32": LIMITS.get(case, 1e-5), "bfloat16": 0.05}[run_dtype(case)]
+    assert off <= limit
+    assert first <= limit
+    assert min(leaks) > 2 * limit
 
 
 def test_a_round_trip_keeps_every_bit(family: Family) -> None:
@@ -121,16 +135,48 @@ def test_keys_of_a_distributed_checkpoint_are_those_of_the_cpu(family: Family) -
 @pytest.mark.parametrize("case", list(CASES))
 def test_bf16_errs_no_more_than_half_again_transformers(case: str, tmp_path: Path) -> None:
     theirs = make(case, tmp_path, rounded=True)
-    exact = logprobs_of(theirs)
-    ours = np.concatenate(make_trainer(tmp_path, dtype="bfloat16").score(sequences()))
-    in_bf16 = logprobs_of(copy.deepcopy(theirs).bfloat16().cuda())
-    figures = [
-        (np.abs(found - exact).mean(), np.quantile(np.abs(found - exact), 0.99)) for found in (ours, in_bf16)
-    ]
-    (mean, p99), (their_mean, their_p99) = figures
-    print(f"\n{case}: bf16 mean {mean:.4f} p99 {p99:.4f}; transformers {their_mean:.4f} {their_p99:.4f}")
-    assert mean <= 1.5 * their_mean
-    assert p99 <= 1.5 * their_p99
+    exact = run_reference(theirs)
+    in_bf16 = run_reference(copy.deepcopy(theirs).bfloat16().cuda())
+    trainer = make_trainer(tmp_path, dtype="bfloat16")
+    (batch,) = pack([row_of_tokens(sequence, 1) for sequence in sequences()], 1000)
+    logprobs, _ = target_logprobs(trainer._parallel, batch, chunk=64)
+    (logprobs * cotangents().cuda()).sum().backward()
+    ours = errors(exact, (logprobs.detach().cpu(), gradients_of(trainer)))
+    allowed = errors(exact, in_bf16)
+    for name, got in ours.items():
+        print(f"\n{case}: bf16 {name} {got:.4f}, transformers {allowed[name]:.4f}", end="")
+    print()
+    for name, got in ours.items():
+        assert got <= 1.5 * allowed[name], name
+
+
+def cotangents() -> torch.Tensor:
+    """[N]: what the log-probabilities are multiplied by before the backward pass."""
+    count = sum(len(sequence) - 1 for sequence in sequences())
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
+
+
+def run_reference(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """transformers' log-probabilities and gradients, both in fp32 on the CPU."""
+    model.zero_grad()
+    logprobs = logprobs_of(model)
+    (logprobs * cotangents().to(logprobs.device)).sum().backward()
+    gradients = {name: grad.float().cpu() for name, grad in hf_tensors(model, gradients=True).items()}
+    return logprobs.detach().cpu(), gradients
+
+
+def errors(
+    exact: tuple[torch.Tensor, dict[str, torch.Tensor]], found: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Mean and 99th percentile of |delta log p|, and the relative error of all gradients together."""
+    delta = (found[0] - exact[0]).abs()
+    away = sum((found[1][name] - right).square().sum() for name, right in exact[1].items())
+    size = sum(right.square().sum() for right in exact[1].values())
+    return {
+        "mean": delta.mean().item(),
+        "p99": delta.quantile(0.99).item(),
+        "gradient": (away / size).sqrt().item(),
+    }
 
 
 def test_gates_stay_in_fp32_in_a_bf16_model(tmp_path: Path) -> None:

@@ -44,3 +44,11 @@ def test_only_a_cpu_engine_gets_our_platform() -> None:
     line = command(Path("m"), cuda, port=1, seed=2, load_format="auto", keys=("a", "b"))
     assert "sglang.launch_server" in line
     assert "torch_native" not in line
+
+
+@pytest.mark.parametrize(
+    ("pause", "reason"), [("in_place", "does not say from"), ("retract", "ends the server")]
+)
+def test_a_pause_that_would_falsify_records_is_refused_with_the_reason(pause: str, reason: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=f"{reason}.*set abort or finish"):
+        msgspec.convert({"pause": pause}, EngineConfig)

@@ -1,4 +1,4 @@
-"""The gate before an engine: nothing is within while it is closed, and it always opens again."""
+"""The gate before an engine: nothing is within while it is closed, and it opens to known weights only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from actors.errors import EngineError
 from actors.gate import Gate
+from weightsync.errors import Untouched
 
 
 async def pass_until(gate: Gate, done: asyncio.Event, seen: list[str], name: str) -> None:
@@ -60,9 +61,12 @@ async def test_one_that_does_not_come_out_is_named_and_the_gate_opens_again() ->
     await running
 
 
-async def test_it_opens_after_a_failure_within_the_block() -> None:
+@pytest.mark.parametrize(("failure", "opens"), [(Untouched, True), (EngineError, False), (ValueError, False)])
+async def test_after_a_failure_it_opens_only_if_nothing_was_touched(
+    failure: type[Exception], opens: bool
+) -> None:
     gate = Gate()
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(failure, match="no"):
         async with gate.closed(None, 1.0):
-            raise ValueError("no")
-    assert gate.is_open
+            raise failure("no")
+    assert gate.is_open == opens

@@ -56,7 +56,7 @@ def test_packing() -> None:
     for figures in result["lengths"].values():
         assert figures["padding_1x1"] == 0 < figures["padding_padded"]
         assert figures["packed_tokens_per_s"] > 0 < figures["padded_tokens_per_s"]
-        assert figures["by_size"] < figures["in_turn"]
+    assert figures["by_size"] < figures["in_turn"]
 
 
 @pytest.mark.parametrize(("median", "spread"), [(100, 0.4), (300, 1.0)])
@@ -102,3 +102,11 @@ def test_a_table_is_markdown() -> None:
         "| x | 1234 |",
         "| y | 0.0123 |",
     ]
+
+
+def test_weightsync() -> None:
+    result = quick("weightsync")
+    ways = result["mib"]["16"]
+    assert set(ways) == {"export", "shm", "peer", "disk", "delta", "gloo", "stock"}
+    assert all(way["seconds"] > 0 and way["floor"] > 0 for way in ways.values())
+    assert ways["delta"]["bytes_to_full"] < 0.1, "one word in a hundred has changed"

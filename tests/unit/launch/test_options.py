@@ -25,7 +25,7 @@ OPTIONS = {
     "convert": ["--like", "--out"],
     "status": ["--run", "--redis", "--json"],
     "stop": ["--run", "--redis"],
-    "verify": ["--run", "--redis", "--json"],
+    "verify": ["--run", "--redis", "--json", "--weights", "--samples"],
     "inspect": ["--run", "--redis", "--json", "--dead", "--out", "--requeue"],
     "record": ["--run", "--redis", "--out", "--weights"],
     "replay": ["--steps", "--weights", "--json"],

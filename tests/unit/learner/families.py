@@ -96,10 +96,13 @@ SEEDS = {"qwen3_moe_mixed": 1, "qwen3_next_mixed": 2}
 """Seeds other than 0, with which no router choice hangs by a thread; a test asserts it of all."""
 
 
-def make_family(case: str, folder: Path, std: float = 0.1) -> torch.nn.Module:
-    """Write the checkpoint of `case` to `folder`; returns transformers' model, in evaluation mode."""
+def make_family(case: str, folder: Path, std: float = 0.1, **changes: Any) -> torch.nn.Module:
+    """Write the checkpoint of `case` to `folder`; returns transformers' model, in evaluation mode.
+
+    `changes` are other fields of config.json than those of the case.
+    """
     name, fields = CASES[case]
-    model = random_model(name, fields, SEEDS.get(case, 0), std)
+    model = random_model(name, {**fields, **changes}, SEEDS.get(case, 0), std)
     model.save_pretrained(folder)
     return model
 

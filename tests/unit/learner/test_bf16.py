@@ -18,6 +18,7 @@ from learner.model.forward import target_logprobs
 from learner.packing import pack, row_of_tokens
 from learner.step import Trainer
 from tests.unit.learner.families import make_family
+from tests.unit.learner.test_checkpoint import save
 from tests.unit.learner.test_step import batch_of, digest
 
 FAMILIES = ["qwen3", "qwen3_moe", "qwen3_next", "deepseek_v3", "moonlight"]
@@ -170,3 +171,16 @@ def test_a_snapshot_has_the_bits_below_bf16(tmp_path: Path) -> None:
         digests.append(digest(trainer) + str(sum(float(value.double().sum()) for value in trainer._exact())))
         trainer.restore(kept)
     assert digests[0] == digests[1]
+
+
+def test_a_checkpoint_has_the_bits_below_bf16(tmp_path: Path) -> None:
+    rounded_family("qwen3_next", tmp_path / "model")
+    trainer = make_trainer(tmp_path / "model", lr=1e-4)
+    for step in range(2):
+        trainer.train_step(batch_of(step), step)
+    again = make_trainer(tmp_path / "model", lr=1e-4)
+    again.load_checkpoint(save(trainer, tmp_path / "saved"))
+    for one in (trainer, again):
+        one.train_step(batch_of(2), 2)
+    assert all(map(torch.equal, again._exact(), trainer._exact()))
+    assert digest(again) == digest(trainer)

@@ -13,7 +13,7 @@ from megatron.core.ssm.gated_delta_net import gdn
 
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.names import rules
-from learner.model import forward
+from learner.model import inputs
 from learner.model.forward import target_logits, target_logprobs
 from learner.packing import pack, row_of_tokens
 from learner.step import Trainer
@@ -107,7 +107,7 @@ def test_a_round_trip_keeps_every_bit(family: Family) -> None:
 RESETS = {
     "convolution": (gdn, "causal_conv1d"),
     "state": (gdn, "chunk_gated_delta_rule"),
-    "attention": (forward.PackedSequences, "of"),
+    "attention": (inputs.PackedSequences, "of"),
 }
 """What starts afresh at a sequence's beginning, and the function that is told where."""
 

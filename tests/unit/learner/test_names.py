@@ -151,7 +151,7 @@ def test_multi_token_prediction_has_megatron_cores_names(tmp_path: Path) -> None
     shape = read_shape(tmp_path)
     config = transformer_config(shape)
     config.mtp_num_layers = 1
-    spec = block_spec(shape, config)
+    spec = block_spec(shape, config, range(len(shape.layers)))
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,

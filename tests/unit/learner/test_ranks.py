@@ -9,6 +9,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch.distributed as dist
 
+from learner.config import ParallelConfig
 from learner.model.world import join_world
 from learner.ranks import (
     End,
@@ -90,4 +91,5 @@ def test_alone_nothing_is_announced() -> None:
 
 def test_without_variables_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (Ranks.meet().rank, Ranks.meet().size) == (0, 1)
+    ranks = Ranks.meet(ParallelConfig())
+    assert (ranks.rank, ranks.size) == (0, 1)

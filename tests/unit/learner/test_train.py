@@ -349,8 +349,8 @@ def test_each_sample_pays_for_its_own_tokens() -> None:
         return pack(rows, 40, count=10)  # the last of them empty
 
     minis = split(groups, [group.id for group in groups], 2, 0, packed, list)
-    minis = scored(minis, lambda batch: batch.targets / 100, "proximal")
-    minis = scored(minis, lambda batch: torch.zeros(len(batch.targets)), "reference")
+    minis = scored(minis, lambda batches: [batch.targets / 100 for batch in batches], "proximal")
+    minis = scored(minis, lambda batches: [torch.zeros(len(batch.targets)) for batch in batches], "reference")
     priced = less_divergence(minis, ObjectiveConfig(kl=KlConfig(coefficient=2.0)))
     paid = [sample.reward for mini in priced for group in mini.groups for sample in group.samples]
     expected = [

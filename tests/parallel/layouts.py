@@ -1,0 +1,72 @@
+"""The layouts that are compared, and what each of them trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from learner.config import KlConfig, ObjectiveConfig, ParallelConfig
+from tests.unit.learner.families import make_family
+
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 4}
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "next": ("qwen3_next", {**GROUPED, "linear_num_key_heads": 4, "linear_num_value_heads": 8}),
+    "tied": ("qwen3_next_mixed", {**GROUPED, "linear_num_key_heads": 4, "linear_num_value_heads": 8}),
+    "dense": ("qwen3", GROUPED),
+    "latent": ("deepseek_v3", {"first_k_dense_replace": 0}),
+    "direct": ("moonlight", {}),
+}
+"""Family and the fields of config.json that let four ranks share it."""
+
+EVERY_TERM = ObjectiveConfig(
+    kl=KlConfig(coefficient=0.1, where="loss", estimator="k3"), entropy=0.05, correction="tis"
+)
+"""A loss of all its terms, each token by itself."""
+
+BY_SAMPLE = ObjectiveConfig(
+    kl=KlConfig(coefficient=0.1),
+    correction="mis",
+    mis_low=0.02,
+    aggregation="sequence_mean",
+    advantage="reinforce_pp",
+    mini_batches=2,
+)
+"""Ratios, weights and means of whole samples, statistics of the whole batch, scores before the step."""
+
+OBJECTIVES = {"terms": EVERY_TERM, "samples": BY_SAMPLE}
+
+
+def layout(**sizes: int) -> ParallelConfig:
+    return ParallelConfig(**sizes)
+
+
+PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
+    2: {
+        "TP 2": (layout(tensor=2), ("next", "dense", "latent")),
+        "TP 2 ETP 2": (layout(tensor=2, expert_tensor=2), ("next",)),
+        "TP 2 EP 2": (layout(tensor=2, expert=2), ("next",)),
+        "PP 2": (layout(pipeline=2), ("next", "tied", "latent")),
+        "CP 2": (layout(context=2), ("next", "dense", "latent")),
+        "DP 2": (layout(), ("next", "dense")),
+        "DP 2 EP 2": (layout(expert=2), ("next", "direct")),
+        "DP 2 ETP 2": (layout(expert_tensor=2), ("next",)),
+    },
+    4: {
+        "TP 4": (layout(tensor=4), ("next",)),
+        "TP 2 PP 2": (layout(tensor=2, pipeline=2), ("next", "tied")),
+        "TP 2 DP 2 EP 2": (layout(tensor=2, expert=2), ("next", "latent")),
+        "TP 2 DP 2 EP 2 ETP 2": (layout(tensor=2, expert=2, expert_tensor=2), ("next",)),
+        "TP 2 CP 2": (layout(tensor=2, context=2), ("next", "latent")),
+        "PP 2 DP 2 EP 2": (layout(pipeline=2, expert=2), ("next",)),
+        "PP 2 CP 2": (layout(pipeline=2, context=2), ("next",)),
+        "CP 2 DP 2 EP 2": (layout(context=2, expert=2), ("next",)),
+        "DP 4 EP 2": (layout(expert=2), ("next",)),
+    },
+}
+"""By world size: the layout, and the models that are trained in it."""
+
+
+def make_checkpoint(case: str, folder: Path) -> Path:
+    """Write the model of `case` to `folder`/`case`."""
+    family, changes = CASES[case]
+    make_family(family, folder / case, **changes)
+    return folder / case

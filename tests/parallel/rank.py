@@ -1,0 +1,103 @@
+"""One rank of a world: trains every model in every layout of its size, and writes what came out.
+
+python -m tests.parallel.rank RANK SIZE FOLDER [LAYOUT...]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+
+from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from learner.convert.held import whole_tensors
+from learner.model.world import join_world
+from learner.step import Trainer
+from tests.parallel.layouts import OBJECTIVES, PLANS
+from tests.unit.learner.groups import make_group
+
+CLIP = 0.1
+"""Below every norm here, so that clipping acts."""
+
+SEQUENCES = [list(range(length)) for length in (2, 9, 30, 5, 17)]
+
+
+def batch() -> list:
+    """Six groups of unlike lengths and ages."""
+    return [make_group(index, versions=(0,) if index % 2 else (-1, 0)) for index in range(6)]
+
+
+def share(groups: list) -> list:
+    """Those of this data-parallel rank: unequal shares, so that a local mean would show."""
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    bounds = [0, *range(7 - ranks, 7)]
+    return groups[bounds[rank] : bounds[rank + 1]]
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The gradients of the last step, after clipping, put together from all ranks as weights are."""
+    parameters = list(trainer._model.parameters())
+    own = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad
+    found = {rule.mcore: merged.clone() for rule, merged in whole_tensors(trainer._model, trainer._shape)}
+    for parameter, data in zip(parameters, own, strict=True):
+        parameter.data = data
+    return {name: tensor for name, tensor in found.items() if not name.endswith("expert_bias")}
+
+
+def train(
+    folder: Path, parallel: ParallelConfig, objective: ObjectiveConfig
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Figures of a step and what the model scores and writes before it; tensors on rank 0."""
+    model = ModelConfig(path=str(folder), micro_batch_tokens=48, parallel=parallel, logits_chunk=7)
+    trainer = Trainer(folder, model, OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=CLIP), objective)
+    tensors = {f"weight {name}": tensor for name, tensor in trainer.export().items()}
+    scores = [values.tolist() for values in trainer.score(SEQUENCES)]
+    answers = trainer.generate(SEQUENCES, 3, eos_id=-1, seed=4)
+    metrics = trainer.train_step(share(batch()), 0)
+    tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
+    start = trainer.snapshot()
+    demonstrations = [([1, 2, value], [value, 5, 0]) for value in range(8, 20)]
+    ranks = parallel_state.get_data_parallel_world_size()
+    part = demonstrations[parallel_state.get_data_parallel_rank() :: ranks]
+    losses = [trainer.sft_step(part, 1e-2)["loss"] for _ in range(2)]
+    trainer.restore(start)
+    losses.append(trainer.sft_step(part, 1e-2)["loss"])
+    steady = {
+        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
+    }
+    return {"metrics": steady, "scores": scores, "answers": answers, "losses": losses}, tensors
+
+
+def main(rank: int, size: int, folder: Path, only: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / f"store-{size}"), size)
+    for name, (parallel, cases) in PLANS[size].items():
+        if only and name not in only:
+            continue
+        join_world(store, rank, size, parallel)
+        for case in cases:
+            for kind, objective in OBJECTIVES.items():
+                if kind == "samples" and case != "next":
+                    continue
+                figures, tensors = train(folder / case, parallel, objective)
+                out = folder / f"{name}-{case}-{kind}"
+                out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
+                if rank == 0:
+                    save_file(tensors, out.with_suffix(".safetensors"))
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

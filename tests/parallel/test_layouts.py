@@ -1,0 +1,128 @@
+"""Ranks that share a model in any way train what one process trains: losses, gradients, clipping, weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.config import ParallelConfig
+from learner.convert.hf import HfFolder
+from tests.parallel.layouts import CASES, OBJECTIVES, PLANS, make_checkpoint
+from tests.parallel.rank import train
+
+ROOT = Path(__file__).parents[2]
+TRIALS = [
+    pytest.param(size, name, case, kind, id=f"{name}-{case}-{kind}")
+    for size, plan in PLANS.items()
+    for name, (_, cases) in plan.items()
+    for case in cases
+    for kind in OBJECTIVES
+    if kind == "terms" or case == "next"
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parallel")
+    for case in CASES:
+        make_checkpoint(case, path)
+    return path
+
+
+class Worlds:
+    """What each world size wrote; its processes are started when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._done = folder, set[int]()
+        self._alone: dict[tuple[str, str], tuple[dict, dict]] = {}
+
+    def of(self, size: int, name: str, case: str, kind: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Figures of all ranks, and the tensors of rank 0."""
+        if size not in self._done:
+            self._done.add(size)
+            start(self.folder, size)
+        out = self.folder / f"{name}-{case}-{kind}"
+        figures = [json.loads(out.with_suffix(f".{rank}.json").read_bytes()) for rank in range(size)]
+        return figures, load_file(out.with_suffix(".safetensors"))
+
+    def alone(self, case: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        """The same from this process."""
+        if (case, kind) not in self._alone:
+            found = train(self.folder / case, ParallelConfig(), OBJECTIVES[kind])
+            self._alone[case, kind] = found
+        return self._alone[case, kind]
+
+
+@pytest.fixture(scope="module")
+def worlds(folder: Path) -> Worlds:
+    return Worlds(folder)
+
+
+def start(folder: Path, size: int) -> None:
+    """Run a world's ranks to their end."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.parallel.rank", str(rank), str(size), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+        )
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(said)[-5000:]
+
+
+def off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the tensor's largest value."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("size", "name", "case", "kind"), TRIALS)
+def test_ranks_train_what_one_process_does(
+    worlds: Worlds, size: int, name: str, case: str, kind: str
+) -> None:
+    assert_same(*worlds.of(size, name, case, kind), *worlds.alone(case, kind))
+
+
+def assert_same(
+    figures: list[dict], tensors: dict[str, torch.Tensor], alone: dict, expected: dict[str, torch.Tensor]
+) -> None:
+    """Every rank reports the same, which is what one process does; and so are rank 0's gradients."""
+    assert all(other == figures[0] for other in figures[1:])
+    got, wanted = figures[0]["metrics"], alone["metrics"]
+    assert got.keys() == wanted.keys()
+    for metric, value in wanted.items():
+        assert got[metric] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)), metric
+    assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert figures[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for mine, theirs in zip(figures[0]["scores"], alone["scores"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert figures[0]["answers"] == alone["answers"]
+    assert tensors.keys() == expected.keys()
+    worst = {name: off(tensor, expected[name]) for name, tensor in tensors.items() if name.startswith("grad")}
+    assert max(worst.values()) < 1e-4, max(worst, key=worst.get)
+
+
+@pytest.mark.parametrize(("size", "name", "case", "kind"), [p for p in TRIALS if p.values[3] == "terms"])
+def test_what_was_loaded_onto_ranks_comes_back_bit_by_bit(
+    worlds: Worlds, size: int, name: str, case: str, kind: str
+) -> None:
+    _, tensors = worlds.of(size, name, case, kind)
+    stored = HfFolder(worlds.folder / case)
+    names = [found.removeprefix("weight ") for found in tensors if found.startswith("weight ")]
+    assert set(names) == {found for found in stored.shapes if not found.startswith("mtp.")}
+    for found in names:
+        assert torch.equal(tensors[f"weight {found}"], stored.tensor(found)), found

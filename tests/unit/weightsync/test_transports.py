@@ -1,0 +1,203 @@
+"""Each transport brings exactly the bytes; damage is found where it is; what was verified stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.weightsync.versions import CHUNK, damaged, holding, tensors, version
+from weightsync.config import WeightSyncConfig
+from weightsync.errors import SourceError, Superseded
+from weightsync.image import Image
+from weightsync.manifest import Manifest, decode_manifest, digest_of, encode_manifest
+from weightsync.protocol import Source
+from weightsync.staging import Staging
+from weightsync.transports.base import Transport, this_host
+from weightsync.transports.choice import transports
+from weightsync.transports.delta import Delta, decode, deltas, encode
+from weightsync.transports.disk import Disk, save
+from weightsync.transports.peer import Peer
+from weightsync.transports.shm import Shm
+
+
+def never() -> None:
+    """Goes on for ever."""
+
+
+@pytest.fixture(params=["shm", "peer", "disk", "delta"])
+def way(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[Transport, Source, Manifest, Image]]:
+    """A transport, a source of version 4 for it, that version's manifest, and the image of version 3."""
+    parent, before = version(3)
+    image, manifest = version(4, parent=before.digest)
+    with holding(image, manifest, [encode(*pair, 1) for pair in pairs(parent, image, manifest)]) as (
+        holder,
+        _,
+    ):
+        found = {source.kind: source for source in holder.sources(manifest.label)}
+        found["disk"] = save(tmp_path, manifest, image, 2)
+        made: dict[str, Transport] = {"shm": Shm(), "peer": Peer(5), "disk": Disk(), "delta": Delta(5)}
+        yield made[request.param], found[request.param], manifest, parent
+
+
+def pairs(old: Image, new: Image, manifest: Manifest) -> list[tuple[memoryview, memoryview]]:
+    """The chunks of two images."""
+    one, other = memoryview(old.readable()), memoryview(new.readable())
+    places = [slice(chunk.offset, chunk.offset + chunk.size) for chunk in manifest.chunks]
+    return [(one[place], other[place]) for place in places]
+
+
+def test_the_bytes_of_a_version_arrive(way: tuple[Transport, Source, Manifest, Image]) -> None:
+    transport, source, manifest, parent = way
+    encoded = transport.manifest(source, manifest.label)
+    assert decode_manifest(encoded, digest_of(encode_manifest(manifest))) == manifest
+    staging = Staging(manifest, parent, never)
+    assert transport.reaches(source, staging)
+    transport.fetch(source, manifest.label, staging)
+    image = staging.finish()
+    assert image.sealed
+    assert bytes(image.readable()) == bytes(version(4)[0].readable())
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_damaged_chunk_is_named_and_the_others_stay(number: int, tmp_path: Path) -> None:
+    image, manifest = version(4)
+    bad = damaged(image, number * CHUNK + 7)
+    with holding(bad, manifest) as (holder, _):
+        for kind, transport in (("peer", Peer(5)), ("disk", Disk()), ("shm", Shm())):
+            sources = {one.kind: one for one in holder.sources(manifest.label)}
+            sources["disk"] = save(tmp_path / kind, manifest, bad, 2)
+            staging = Staging(manifest, None, never)
+            with pytest.raises(SourceError, match=f"chunk {number} of {len(manifest.chunks)}"):
+                transport.fetch(sources[kind], manifest.label, staging)
+            kept = len(manifest.chunks) - len(staging.missing())
+            assert kept == (0 if kind == "shm" else number)
+            staging.close()
+
+
+def test_a_pull_goes_on_at_another_holder_where_it_broke_off() -> None:
+    image, manifest = version(4)
+    with holding(damaged(image, 5 * CHUNK), manifest) as (first, _), holding(image, manifest) as (second, _):
+        staging = Staging(manifest, None, never)
+        with pytest.raises(SourceError):
+            Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
+        Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
+        assert bytes(staging.finish().readable()) == bytes(image.readable())
+        assert second.served_bytes == manifest.size - 5 * CHUNK, "only what was missing is pulled"
+
+
+def test_a_source_is_left_where_nobody_wants_its_version_any_more() -> None:
+    image, manifest = version(4)
+    looked = []
+
+    def enough() -> None:
+        looked.append(1)
+        if len(looked) > 5:
+            raise Superseded("too old")
+
+    with holding(image, manifest) as (holder, _), pytest.raises(Superseded):
+        Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, Staging(manifest, None, enough))
+
+
+def test_a_holder_serves_only_who_has_its_token_and_only_what_it_holds() -> None:
+    image, manifest = version(4)
+    with holding(image, manifest) as (holder, _):
+        with pytest.raises(SourceError, match="status 401"):
+            Peer(5).manifest(Source("peer", "", holder.url, "guess"), manifest.label)
+        with pytest.raises(SourceError, match="does not hold"):
+            Peer(5).manifest(Source("peer", "", holder.url, holder.token), "9:aa")
+        url, token = holder.url, holder.token
+    with pytest.raises(SourceError, match="its holder is gone or slow"):
+        Peer(5).manifest(Source("peer", "", url, token), manifest.label)
+
+
+def test_a_holder_keeps_the_last_two_also_when_versions_go_back() -> None:
+    image, manifest = version(7)
+    with holding(image, manifest) as (holder, _):
+        for number in (6, 5):
+            holder.keep(*reversed(version(number)))
+        assert [label.partition(":")[0] for label in holder.labels()] == ["6", "5"]
+        assert holder.held_bytes() == 2 * manifest.size
+        assert image.descriptor == -1, "what is forgotten is given back"
+
+
+def test_shared_memory_is_for_processes_of_one_host_only() -> None:
+    assert Shm().reaches(Source("shm", this_host(), "a b"), None)
+    assert not Shm().reaches(Source("shm", "another boot/pid:[1]", "a b"), None)
+
+
+def test_a_folder_is_a_safetensors_checkpoint_and_keeps_the_newest(tmp_path: Path) -> None:
+    for number in (3, 4, 6, 5):
+        image, manifest = version(number)
+        source = save(tmp_path, manifest, image, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000005-1", "00000006-1"]
+    found = load_file(Path(source.address) / "model.safetensors")
+    for name, tensor in tensors(5).items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_folder_that_ends_too_early_is_damaged(tmp_path: Path) -> None:
+    image, manifest = version(4)
+    source = save(tmp_path, manifest, image, 2)
+    path = Path(source.address) / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    staging = Staging(manifest, None, never)
+    with pytest.raises(SourceError, match="ends"):
+        Disk().fetch(source, manifest.label, staging)
+    assert staging.missing() == [len(manifest.chunks) - 1]
+
+
+def test_a_delta_is_small_where_little_changed_and_not_made_where_much_did() -> None:
+    old = torch.randn(4096).bfloat16()
+    new = old.clone()
+    new[::100] += 1
+    one, other = (memoryview(tensor.view(torch.uint8).numpy()) for tensor in (old, new))
+    delta, room = encode(one, other, 2), memoryview(bytearray(8192))
+    assert len(delta) < 600
+    decode(delta, one, room)
+    assert room == other
+    few, _ = version(4)
+    many, manifest = version(5)
+    assert deltas(manifest, few, many) is None
+
+
+@pytest.mark.parametrize("place", range(0, 90, 3))
+def test_a_damaged_delta_is_refused_or_caught_by_the_chunks_digest(place: int) -> None:
+    (parent, _), (image, manifest) = version(3), version(4)
+    old, new = pairs(parent, image, manifest)[0]
+    delta = bytearray(encode(old, new, 4))
+    delta[place] ^= 16
+    staging = Staging(manifest, parent, never)
+
+    def bring() -> None:
+        decode(bytes(delta), old, staging.room(0))
+        staging.keep(0)
+
+    with pytest.raises(SourceError):
+        bring()
+
+
+def test_a_delta_stands_aside_without_its_parent() -> None:
+    _, manifest = version(4)
+    assert not Delta(5).reaches(Source("delta", "", "http://x"), Staging(manifest, None, never))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [("auto", ["shm", "delta", "peer", "disk"]), ("peer", ["peer"]), ("delta", ["delta", "peer"])],
+)
+def test_the_configuration_chooses(chosen: str, expected: list[str]) -> None:
+    config = WeightSyncConfig(transport=chosen, delta=True)  # type: ignore[arg-type]
+    assert [transport.kind for transport in transports(config)] == expected
+
+
+@pytest.mark.parametrize("chosen", ["disk", "delta"])
+def test_a_transport_without_what_it_needs_is_refused(chosen: str) -> None:
+    with pytest.raises(ValueError, match="set weightsync"):
+        WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]

@@ -1,0 +1,144 @@
+"""The bytes of one version in anonymous shared memory, which nobody can change once they are verified.
+
+An image is a memory file without a name (memfd): other processes of this user open it by its path
+under `/proc`, it needs no cleaning up after a crash, and it lives as long as anybody has it open. Sealing
+makes the kernel refuse every later write, so what was verified once is still that when it is loaded.
+
+    image = Image.allocate(1 << 20)
+    image.write(0, data)
+    image.seal()
+    other = Image.open(image.path, image.size)     # in another process
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+from weightsync.errors import SourceError
+from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest, digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Image:
+    """A version's bytes. Lifecycle: `allocate`, writes, `seal`, `close`; or `open`, `close`."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Use `allocate` or `open`."""
+        self.descriptor = descriptor
+        """Open until `close`."""
+        self.size = size
+        """Bytes."""
+
+    @classmethod
+    def allocate(cls, size: int) -> Image:
+        """Memory for `size` bytes; it is taken as it is written."""
+        descriptor = os.memfd_create("slipstream-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, size)
+        return cls(descriptor, size)
+
+    @classmethod
+    def open(cls, path: str, size: int) -> Image:
+        """A sealed image of a process on this host. Raises `SourceError` if it is not there or not sealed."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(
+                f"image {path}: {error.strerror}; its process is gone, or another user's"
+            ) from error
+        image = cls(descriptor, size)
+        found, sealed = os.fstat(descriptor).st_size, image.sealed
+        if found != size or not sealed:
+            image.close()
+            raise SourceError(f"image {path}: got {found} bytes, sealed: {sealed}; expected {size}, sealed")
+        return image
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this user on this host open it, while this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nobody can change it any more."""
+        try:
+            return fcntl.fcntl(self.descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        except OSError:
+            return False  # no memory file at all
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes bytes at an offset."""
+        while data:
+            written = os.pwrite(self.descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+    def writable(self) -> mmap.mmap:
+        """A mapping to write into; it must be closed before `seal`."""
+        assert self.descriptor >= 0, "closed"  # mmap would take -1 for memory of nobody
+        return mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def readable(self) -> mmap.mmap:
+        """A mapping to read from; it outlives `close`."""
+        assert self.descriptor >= 0, "closed"
+        return mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+
+    def seal(self) -> None:
+        """Ends writing for everybody, for ever."""
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
+
+    def close(self) -> None:
+        """Gives the memory back once nobody else has it open. May be called twice."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, int]]:
+    """(offset, size) of the chunks of an image.
+
+    >>> chunk_ranges(5, 2)
+    [(0, 2), (2, 2), (4, 1)]
+    """
+    return [(offset, min(chunk_bytes, size - offset)) for offset in range(0, size, chunk_bytes)]
+
+
+def write_image(
+    named: Manifest, tensors: Mapping[str, torch.Tensor], chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Image, Manifest]:
+    """The sealed image of exported tensors (contiguous, on the CPU), and its complete manifest.
+
+    `named` is `Manifest.of` these tensors, with lineage, epoch and parent filled in.
+    """
+    import torch
+
+    sizes = {name: (tensor.element_size(), tensor.nbytes) for name, tensor in tensors.items()}
+    placed = named.placed(sizes)
+    image = Image.allocate(placed.size)
+    for entry in placed.tensors:
+        if sizes[entry.name][1]:
+            data = tensors[entry.name].detach().reshape(-1).view(torch.uint8).numpy()
+            image.write(entry.offset, memoryview(data))
+    image.seal()
+    return image, with_chunks(placed, image, chunk_bytes)
+
+
+def with_chunks(placed: Manifest, image: Image, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
+    """The manifest with the digest of every chunk of the image."""
+    from msgspec.structs import replace
+
+    if not placed.size:
+        return replace(placed, chunks=[])
+    view = memoryview(image.readable())
+    chunks = [
+        Chunk(offset, size, digest_of(view[offset : offset + size]))
+        for offset, size in chunk_ranges(placed.size, chunk_bytes)
+    ]
+    return replace(placed, chunks=chunks)

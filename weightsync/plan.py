@@ -1,0 +1,198 @@
+"""How a model's own tensors are made of the exported ones: the copies that its loading makes, seen once.
+
+An engine keeps weights in a layout of its own: fused projections, stacked experts, a rank's shards. Its
+`load_weights` knows how to get there from Hugging Face names, one Python call a tensor. All that this
+does to the weights is copies between views, so it is watched once, and later versions repeat the copies:
+
+    plan = watch(model, views, load)    # loads a version by names
+    plan.copy(image)                    # loads another one of the same layout
+
+Where loading does anything but copy (quantizes, derives tensors from others), there is no plan, and every
+version goes by names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_COPY = torch.ops.aten.copy_.default
+_SAME = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+"""Operators whose result is their argument somewhere else, or in another type."""
+_CONSTANT = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+"""Operators that need not be repeated: what they leave does not depend on the version."""
+_PADDED = ("embed_tokens", "lm_head")
+"""Tensors whose rows SGLang pads; the padding is never loaded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """One copy: a view of the image into a view of an engine's tensor."""
+
+    target: torch.Tensor
+    """The view that is filled; it shares the engine's memory."""
+    offset: int
+    """Bytes from the start of the image to the source's first element."""
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    """Of the source, in elements."""
+    dtype: torch.dtype
+    """Of the source."""
+
+    def source(self, image: torch.Tensor) -> torch.Tensor:
+        """The view of `image`, uint8 [bytes], that is copied."""
+        item = self.dtype.itemsize
+        typed = image[: image.numel() - image.numel() % item].view(self.dtype)
+        return typed.as_strided(self.size, self.stride, self.offset // item)
+
+
+@dataclass(eq=False)
+class Plan:
+    """All copies that load one layout into one model."""
+
+    layout: str
+    """Fingerprint of the image's layout."""
+    addresses: dict[str, int]
+    """Where each tensor of the model lay; one that has moved since makes the plan void."""
+    copies: list[Copy] = field(default_factory=list)
+    reason: str = ""
+    """Why versions must go by names instead; empty if the copies are all that loading does."""
+
+    def fits(self, layout: str, model: torch.nn.Module) -> bool:
+        """Whether it is a plan for this layout and for the model as it lies in memory now."""
+        return self.layout == layout and self.addresses == _addresses(model)
+
+    def copy(self, image: torch.Tensor) -> None:
+        """Fills the model from `image`, uint8 [bytes]."""
+        for copy in self.copies:
+            copy.target.copy_(copy.source(image))
+
+    def unequal(self, image: torch.Tensor) -> int:
+        """How many copies are not equal, bit by bit, to what they should be."""
+        return sum(
+            not torch.equal(_bits(copy.target), _bits(copy.source(image).to(copy.target)))
+            for copy in self.copies
+        )
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a model by name; one that has several names, by the first."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def watch(
+    model: torch.nn.Module,
+    layout: str,
+    image: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
+) -> Plan:
+    """Loads `tensors`, which are views of `image`, by `load`, and returns the plan of what that did."""
+    live = live_tensors(model)
+    plan = Plan(layout, _addresses(model))
+    watcher = _Watcher(image, live)
+    with torch.no_grad(), watcher:
+        load(watcher.fed(tensors))
+    plan.copies, plan.reason = watcher.copies, watcher.reason
+    if plan.addresses != _addresses(model):
+        plan.reason = "loading moves the engine's tensors"
+    elif not plan.reason and plan.unequal(image):
+        plan.reason = "loading changes what it has copied"
+    if hasattr(model, "post_load_weights"):
+        plan.reason = "the model derives tensors from its weights"
+    return plan
+
+
+def uncovered(plan: Plan, model: torch.nn.Module) -> list[str]:
+    """Tensors of the model that loading leaves as they were, or leaves in part."""
+    filled: dict[int, int] = {}
+    for copy in plan.copies:
+        address = copy.target.untyped_storage().data_ptr()
+        filled[address] = filled.get(address, 0) + copy.target.numel()
+    missing = []
+    for name, tensor in live_tensors(model).items():
+        count = filled.get(tensor.untyped_storage().data_ptr(), 0)
+        if count == 0 or (count < tensor.numel() and not any(part in name for part in _PADDED)):
+            missing.append(f"{name} ({count} of {tensor.numel()} elements filled)")
+    return missing
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes copies from the image into the model, and anything else that loading computes."""
+
+    def __init__(self, image: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.copies: list[Copy] = []
+        self.reason = ""
+        self._first, self._end = image.data_ptr(), image.data_ptr() + image.numel()
+        self._live = {tensor.untyped_storage().data_ptr() for tensor in live.values()}
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Copies of the present tensor on other devices or of other types: storage -> (it, the tensor)."""
+
+    def fed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors one after another; copies made of one on the way are forgotten with it."""
+        for item in tensors.items():
+            self._moved.clear()
+            yield item
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        ours = [value for value in args if isinstance(value, torch.Tensor) and self._is_ours(value)]
+        if not ours:
+            return result
+        if function is _COPY:
+            self._note(args[0], args[1])
+        elif function in _SAME and self._whole(args[0], result):
+            self._moved[result.untyped_storage().data_ptr()] = (result, args[0])
+        elif isinstance(result, torch.Tensor) and not any(_shares(result, value) for value in ours):
+            self.reason = self.reason or f"loading computes {function}"
+        elif function._schema.is_mutable and function not in _CONSTANT:
+            self.reason = self.reason or f"loading changes weights by {function}"
+        return result
+
+    def _note(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        view, dtype, offset = source.expand(target.shape), source.dtype, source.data_ptr() - self._first
+        if moved := self._moved.get(source.untyped_storage().data_ptr()):
+            copied, original = moved
+            # Both are contiguous: an element of the copy is where it is in the original.
+            place = (source.data_ptr() - copied.data_ptr()) // copied.element_size()
+            dtype = original.dtype
+            offset = original.data_ptr() - self._first + place * original.element_size()
+        elif not self._in_image(source):
+            self.reason = self.reason or "loading copies weights from somewhere else"
+        if not self._is_live(target):
+            self.reason = self.reason or "loading copies weights to somewhere else"
+        self.copies.append(Copy(target.detach(), offset, tuple(view.shape), view.stride(), dtype))
+
+    def _is_ours(self, value: torch.Tensor) -> bool:
+        return self._in_image(value) or self._is_live(value)
+
+    def _whole(self, value: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether `result` is `value`, which is of the image, element by element in the same order."""
+        return self._in_image(value) and value.is_contiguous() and result.is_contiguous()
+
+    def _is_live(self, value: torch.Tensor) -> bool:
+        return value.untyped_storage().data_ptr() in self._live
+
+    def _in_image(self, value: torch.Tensor) -> bool:
+        return value.device.type == "cpu" and self._first <= value.data_ptr() < self._end
+
+
+def _addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As integers, in which a NaN equals itself."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
