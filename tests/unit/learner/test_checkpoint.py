@@ -214,12 +214,11 @@ def test_damage_is_refused_by_name(trained: tuple[Path, Trainer, Path], tmp_path
         make_trainer(model).load_checkpoint(path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    trained: tuple[Path, Trainer, Path], make_checkpoint: Callable
-) -> None:
-    folder, _ = make_checkpoint()
-    with pytest.raises(CheckpointError, match=r"got shape .*, expected .* by config.json"):
-        make_trainer(folder).load_checkpoint(trained[2])
+def test_a_checkpoint_of_another_model_is_refused(make_checkpoint: Callable, tmp_path: Path) -> None:
+    path = save(make_trainer(make_checkpoint()[0]), tmp_path)
+    wider, _ = make_checkpoint(intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"got shape \(.*\), expected \(.*\) by config.json"):
+        make_trainer(wider).load_checkpoint(path)
 
 
 def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Path) -> None:
