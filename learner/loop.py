@@ -137,6 +137,8 @@ class Loop:
                 "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints else 0.0,
                 "seconds_saving": self._checkpoints.saving_s if self._checkpoints else 0.0,
                 "seconds_push": self._offers.push_seconds(),
+                "seconds_export": self._offers.export_s,
+                "weights_bytes": float(self._offers.held_bytes()),
                 "tokens_per_second": self._trained_tokens / (ended - self._training_since),
                 "time_batch": began - batch.waited_s,
                 "time": ended,

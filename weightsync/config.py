@@ -16,8 +16,8 @@ class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     address: str = ""
     """Address of the learner that engines connect to; empty: the one this host has towards Redis."""
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    """Seconds after which the learner names an engine that does not take a version and leaves it behind; and
-    after which an agent gives a source up that sends nothing."""
+    """Seconds after which the learner names an actor that does not take a version and leaves it behind; also
+    those of one operation of gloo."""
     transport: Literal["auto", "shm", "delta", "peer", "disk", "gloo", "stock"] = "auto"
     """How bytes travel. `auto`: shared memory on the learner's host, elsewhere what changed where that is
     offered, else a pull from the learner or any agent. `gloo`: one broadcast to all agents that are ready.

@@ -28,7 +28,7 @@ from weightsync.protocol import Source
 from weightsync.transports import shm
 
 KEPT = 2
-"""Versions a holder keeps: the newest, and the one before it, which slower agents may be pulling."""
+"""Versions a holder keeps: the last, and the one before it, which slower agents may be pulling."""
 SEND_TIMEOUT_S = 30.0
 """How long one who pulls may take none of the bytes before it is left alone."""
 
@@ -74,14 +74,14 @@ class Holder:
         self._thread.start()
 
     def keep(self, manifest: Manifest, image: Image, delta: list[bytes] | None = None) -> Held:
-        """Holds a version from now on, and forgets all but the newest two."""
+        """Holds a version from now on, and forgets all but the last two."""
         held = Held(manifest, image)
         held.delta = delta or []
         with self._lock:
             before = self._held.pop(manifest.label, None)
             self._held[manifest.label] = held
-            labels = sorted(self._held, key=lambda label: self._held[label].manifest.version)
-            gone = [self._held.pop(label) for label in labels[:-KEPT]]
+            # The last ones kept: after a fork their numbers may be lower than those before.
+            gone = [self._held.pop(label) for label in list(self._held)[:-KEPT]]
         for old in [*gone, *([before] if before else [])]:
             old.close()
         return held

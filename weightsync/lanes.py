@@ -121,6 +121,8 @@ class Lanes:
         self.stream, self.learner_epoch, self.address = stream, learner_epoch, address
         self.timeout_s, self.log = timeout_s, log
         self.newest = _Newest()
+        self.export_s = 0.0
+        """Seconds it took to make an image: there is none."""
         self._open: dict[str, _Lane] = {}
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="weights-watch", daemon=True)
@@ -133,6 +135,10 @@ class Lanes:
     def push_seconds(self) -> dict[str, float]:
         """How long the last push to each actor took, from the request to the last byte sent."""
         return {name: lane.push_s for name, lane in self._open.items() if lane.sent >= 0}
+
+    def held_bytes(self) -> int:
+        """Memory of the tensors that are offered."""
+        return sum(tensor.nbytes for tensor in self.newest.tensors.values())
 
     def _watch(self) -> None:
         while not self._stopped.wait(_LOOK_S):

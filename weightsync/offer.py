@@ -110,7 +110,7 @@ class Offers:
                 self.log(f"weights: version {job[0].version} cannot be offered: {error}")
                 continue
             self.export_s = time.monotonic() - began
-            self._invite()
+            self._tell()
 
     def _next(self) -> tuple[Manifest, Mapping[str, torch.Tensor]] | None:
         with self._changed:
@@ -147,6 +147,13 @@ class Offers:
         if before is None or before.manifest.layout != manifest.layout:
             return None
         return deltas(manifest, before.image, image)
+
+    def _tell(self) -> None:
+        """Invites; actors that a Redis which is away hides now are told at a later look."""
+        try:
+            self._invite()
+        except redis.RedisError as error:
+            self.log(f"weights: cannot tell the actors: {error}")
 
     def _invite(self) -> None:
         """Tells every live actor whose engine is up of the newest version, once."""
@@ -189,9 +196,9 @@ class Offers:
                     name.decode(): msgspec.json.decode(packed, type=ActorRecord)
                     for name, packed in records.items()
                 }
-                self._invite()
             except redis.RedisError as error:
-                self.log(f"weights: cannot tell the actors: {error}")
+                self.log(f"weights: cannot see the actors: {error}")
+            self._tell()
             self._name_those_behind()
             with self._changed:
                 if self._stopped or self._changed.wait_for(lambda: self._stopped, _LOOK_S):

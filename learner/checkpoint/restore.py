@@ -121,7 +121,7 @@ class Restore:
         log.warning("a new lineage from version %d, undoing %d steps: %s", at, session.version - at, reason)
         session.fork(at, reason, self._rules)
         for one in self._found:
-            if one.version > at:
+            if one.version > at and one.path.exists():  # else it was put aside
                 remove(one.path)
         self._found = [one for one in self._found if one.version <= at]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 
 from actors.engine import Loaded
 from actors.weights import WeightWorker
@@ -183,6 +184,28 @@ async def test_only_what_changed_travels_where_that_is_offered(scene: Make) -> N
     await until(lambda: member.engine.served == [label, manifest.label])
     assert member.worker.figures()["transport"] == "delta"
     assert run.offers.holder.served_bytes == pulled
+
+
+async def test_a_server_that_is_away_costs_the_learner_no_thread(
+    scene: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = scene()
+    member = run.member("a")
+    await member.join()
+    member.work()
+    working = run.learner.redis.pipeline
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(run.learner.redis, "pipeline", broken)
+    label = run.publish(0)
+    await until(lambda: any("cannot tell the actors" in line for line in run.log))
+    await asyncio.sleep(0.2)
+    monkeypatch.setattr(run.learner.redis, "pipeline", working)
+    await until(lambda: member.engine.served == [label])
+    label = run.publish(1)
+    await until(lambda: member.engine.served[-1] == label)
 
 
 async def test_a_newcomer_is_told_of_the_newest_only_and_of_it_once(scene: Make) -> None:

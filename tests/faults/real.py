@@ -88,6 +88,10 @@ class RealTrial(Trial):
         held: dict[Any, Any] = self.stream.redis.hgetall(self.stream.key("versions"))
         return {int(version): digest.decode() for version, digest in held.items()}
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line of the run's metrics."""
+        return [json.loads(line) for line in (self.files / "metrics.jsonl").read_text().splitlines()]
+
     def checkpoints(self) -> list[str]:
         """Names in the folder of checkpoints."""
         return sorted(path.name for path in (self.files / "checkpoints").glob("*"))

@@ -21,7 +21,8 @@ from weightsync.transports.peer import Peer
 from weightsync.transports.shm import Shm
 
 CHUNKS = 7
-TIMEOUT_S = 0.4
+TIMEOUT_S = 2.0
+"""Longer than a busy machine keeps a holder that is well from answering."""
 
 Holders = dict[tuple[int, str], Ready]
 
@@ -46,8 +47,9 @@ def go_on() -> None:
     """Nobody wants another version."""
 
 
-@pytest.mark.parametrize("action", ["kill", "stop"])
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    ("chunk", "action"), [*((chunk, "kill") for chunk in range(CHUNKS)), (0, "stop"), (3, "stop")]
+)
 def test_row_16_the_source_dies_at_a_chunk(holders: Holders, chunk: int, action: str) -> None:
     """What was verified stays, nothing is whole before all is here, and another source gives the rest."""
     image, manifest = version(4)
@@ -61,7 +63,7 @@ def test_row_16_the_source_dies_at_a_chunk(holders: Holders, chunk: int, action:
     with pytest.raises(AssertionError):
         staging.finish()
     with holding(image, manifest) as (holder, _):
-        Peer(TIMEOUT_S).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
+        Peer(30).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
         assert holder.served_bytes == sum(one.size for one in manifest.chunks[chunk:])
         assert bytes(staging.finish().readable()) == bytes(image.readable())
 

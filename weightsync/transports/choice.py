@@ -10,16 +10,20 @@ from weightsync.transports.gloo import Gloo
 from weightsync.transports.peer import Peer
 from weightsync.transports.shm import Shm
 
+SILENCE_S = 10.0
+"""A holder that sends nothing for so long is given up for another one."""
+
 
 def transports(config: WeightSyncConfig) -> list[Transport]:
     """The transports of a configuration, the cheapest first; each stands aside where it does not reach.
 
     A delta needs the version before, and a broadcast all agents at once: who has missed either pulls.
     """
+    silence_s = min(SILENCE_S, config.timeout_s)
     made: dict[str, Transport] = {
         "shm": Shm(),
-        "delta": Delta(config.timeout_s),
-        "peer": Peer(config.timeout_s),
+        "delta": Delta(silence_s),
+        "peer": Peer(silence_s),
         "disk": Disk(),
         "gloo": Gloo(config.timeout_s),
     }

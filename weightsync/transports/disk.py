@@ -82,7 +82,7 @@ def header_of(manifest: Manifest) -> bytes:
 
 
 def save(root: Path, manifest: Manifest, image: Image, keep: int) -> Source:
-    """Writes a version and removes all but the newest `keep`; others see it whole or not at all."""
+    """Writes a version and removes all but the last `keep`; others see it whole or not at all."""
     folder = root / f"{manifest.version:08d}-{manifest.epoch}"
     part = root / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -96,6 +96,8 @@ def save(root: Path, manifest: Manifest, image: Image, keep: int) -> Source:
         os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    for old in sorted(path for path in root.iterdir() if not path.name.startswith("."))[:-keep]:
+    versions = [path for path in root.iterdir() if not path.name.startswith(".")]
+    # In the order in which they were written: after a fork version numbers go back.
+    for old in sorted(versions, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
         shutil.rmtree(old)
     return Source("disk", "", str(folder))

@@ -71,8 +71,10 @@ class Gloo:
                 raise SourceError(f"gloo: version {version} is on its way to {size - 1} others already")
             group = _group(store, rank, size, _own_address(host, int(port)), timeout)
             for number in staging.missing():
+                part = torch.empty(staging.manifest.chunks[number].size, dtype=torch.uint8)
+                _broadcast(group, part, timeout)
                 with staging.room(number) as room:
-                    _broadcast(group, torch.frombuffer(room, dtype=torch.uint8), timeout)
+                    room[:] = memoryview(part.numpy())
                 staging.keep(number)
         except RuntimeError as error:
             told = str(error).partition("\n")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from learner.checkpoint import folder as folders
 from learner.checkpoint.folder import State, complete, oldest_kept, prune
 from learner.checkpoint.saver import Saver
+from learner.checkpoint.snapshot import Snapshot
 from learner.checkpoint.state import Part
 from learner.config import CheckpointConfig, KlConfig, ModelConfig, ObjectiveConfig
 from learner.convert.dist_checkpoint import BACKEND
 from learner.convert.folders import mcore_to_hf
 from learner.errors import CheckpointError, ConfigError
+from learner.ranks import Leader, Ranks
 from learner.step import Trainer
 from tests.unit.learner.families import make_family
 from tests.unit.learner.test_step import QUICK, batch_of, digest, make_trainer
@@ -127,15 +130,21 @@ def test_megatron_core_and_launch_convert_read_it(
     assert digest(make_trainer(tmp_path / "hf")) == digest(trainer)
 
 
-def test_the_copy_is_of_the_moment_it_was_begun(make_checkpoint: Callable, tmp_path: Path) -> None:
+def test_the_copy_is_of_the_moment_it_was_begun(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step's optimizer waits for a copy that is slow."""
     folder, _ = make_checkpoint()
-    trainer, again = make_trainer(folder), make_trainer(folder)
+    model = ModelConfig(path=str(folder), micro_batch_tokens=64)
+    trainer = Leader(Ranks(), folder, model, QUICK, ObjectiveConfig(), seed=3)
+    again = make_trainer(folder)
     trainer.train_step(batch_of(0), 0)
-    then, random = digest(trainer), torch.get_rng_state()
+    then, random, take = digest(trainer), torch.get_rng_state(), Snapshot.take
+    monkeypatch.setattr(Snapshot, "take", lambda *args: time.sleep(1) or take(*args))
     with Saver(tmp_path) as saver:
-        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
-        trainer.before_update = saver.copied
+        trainer.begin_checkpoint(saver, tmp_path, state_of(trainer))
         trainer.train_step(batch_of(1), 1)
+        assert saver.stalled_s > 0.5
         torch.rand(3)
         with pytest.raises(CheckpointError, match="another is being written"):
             saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
@@ -215,9 +224,9 @@ def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Pat
     assert [one.version for one in complete(tmp_path)] == [0]
 
 
-def make_folders(folder: Path, *versions: int, lineage: int = 0, epoch: int = 1) -> None:
+def make_folders(folder: Path, *versions: int, lineage: int = 0, epoch: int = 1, digest: str = "d") -> None:
     for version in versions:
-        state = State(version, "d", epoch, lineage, msgspec.Raw(b"{}"))
+        state = State(version, digest, epoch, lineage, msgspec.Raw(b"{}"))
         path = folder / state.name
         path.mkdir(parents=True)
         (path / "state.json").write_bytes(msgspec.json.encode(state))
