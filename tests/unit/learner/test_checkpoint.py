@@ -168,6 +168,22 @@ def test_an_optimizer_that_made_no_step_stays_fresh(make_checkpoint: Callable, t
     assert digest(again) == digest(trainer)
 
 
+def test_bf16_goes_on_from_its_fp32_weights(make_checkpoint: Callable, tmp_path: Path) -> None:
+    folder, _ = make_checkpoint()
+    model = ModelConfig(path=str(folder), micro_batch_tokens=64, dtype="bfloat16")
+    optimizer = msgspec.structs.replace(QUICK, lr=1e-4)  # most updates are below what bf16 shows
+    trainer, again = (Trainer(folder, model, optimizer, ObjectiveConfig()) for _ in range(2))
+    for step in range(2):
+        trainer.train_step(batch_of(step), step)
+    again.load_checkpoint(save(trainer, tmp_path))
+    assert all(map(torch.equal, moments(again), moments(trainer)))
+    for one in (trainer, again):
+        for step in range(2, 5):
+            one.train_step(batch_of(step), step)
+    assert all(map(torch.equal, moments(again), moments(trainer)))
+    assert {part.tensor.dtype for part in trainer.parts()} == {torch.float32, torch.bfloat16}
+
+
 def test_the_reference_is_the_policy_of_step_0(make_checkpoint: Callable, tmp_path: Path) -> None:
     folder, _ = make_checkpoint()
     config = ObjectiveConfig(kl=KlConfig(coefficient=0.5))
@@ -198,12 +214,11 @@ def test_damage_is_refused_by_name(trained: tuple[Path, Trainer, Path], tmp_path
         make_trainer(model).load_checkpoint(path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    trained: tuple[Path, Trainer, Path], make_checkpoint: Callable
-) -> None:
-    folder, _ = make_checkpoint()
-    with pytest.raises(CheckpointError, match=r"got shape .*, expected .* by config.json"):
-        make_trainer(folder).load_checkpoint(trained[2])
+def test_a_checkpoint_of_another_model_is_refused(make_checkpoint: Callable, tmp_path: Path) -> None:
+    path = save(make_trainer(make_checkpoint()[0]), tmp_path)
+    wider, _ = make_checkpoint(intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"got shape \(.*\), expected \(.*\) by config.json"):
+        make_trainer(wider).load_checkpoint(path)
 
 
 def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Path) -> None:
