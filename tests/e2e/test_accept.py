@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,17 @@ def test_the_demo_learns(tmp_path: Path, seed: int) -> None:
     assert weights["max_difference"].keys() == {"actor-0", "actor-1"}
     assert not weights["missing"]
     assert max(weights["max_difference"].values()) <= 1e-4
+
+
+def test_actors_come_and_go_in_one_run() -> None:
+    """2 -> 4 -> 1 -> 3, and `launch verify` finds nothing."""
+    command = [sys.executable, "-m", "benchmarks.scale_out", "--json"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["verified"]
+    assert [(one["actors"], one["new"]) for one in result["scaled"]] == [(4, 2), (1, 0), (3, 2)]
 
 
 def test_shuffled_advantages_teach_nothing(tmp_path: Path) -> None:
