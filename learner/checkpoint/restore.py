@@ -96,8 +96,8 @@ class Restore:
         except CheckpointError as error:
             set_aside(one.path, str(error))
             return False
-        if (found := _digest(trainer)) != committed:
-            set_aside(one.path, f"its weights have digest {found}, version {one.version} has {committed}")
+        if (found := _digest(trainer)) != one.state.weights:
+            set_aside(one.path, f"its weights have digest {found}, {one.state.weights} were saved")
             return False
         return True
 

@@ -34,7 +34,7 @@ from tests.unit.learner.test_step import QUICK, batch_of, digest, make_trainer
 
 def state_of(trainer: Trainer) -> State:
     memory = msgspec.Raw(b'{"head": 3}')
-    return State(trainer.version, "d", 7, 0, memory, trainer.optimizer_steps())
+    return State(trainer.version, "d", "d", 7, 0, memory, trainer.optimizer_steps())
 
 
 def save(trainer: Trainer, folder: Path, ranks: Sequence[Sequence[Part]] | None = None) -> Path:
@@ -239,9 +239,11 @@ def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Pat
     assert [one.version for one in complete(tmp_path)] == [0]
 
 
-def make_folders(folder: Path, *versions: int, lineage: int = 0, epoch: int = 1, digest: str = "d") -> None:
+def make_folders(
+    folder: Path, *versions: int, lineage: int = 0, epoch: int = 1, digest: str = "d", weights: str = ""
+) -> None:
     for version in versions:
-        state = State(version, digest, epoch, lineage, msgspec.Raw(b"{}"))
+        state = State(version, digest, weights or digest, epoch, lineage, msgspec.Raw(b"{}"))
         path = folder / state.name
         path.mkdir(parents=True)
         (path / "state.json").write_bytes(msgspec.json.encode(state))
