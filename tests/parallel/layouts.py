@@ -80,6 +80,11 @@ class Trial(NamedTuple):
     kind: str
 
     @property
+    def all_calls(self) -> bool:
+        """Whether the trainer's other calls are compared, too, once a layout or so."""
+        return self.kind == "samples"
+
+    @property
     def id(self) -> str:
         return f"{self.name}-{self.case}-{self.kind}"
 

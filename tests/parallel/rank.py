@@ -55,18 +55,28 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def train(
-    folder: Path, parallel: ParallelConfig, objective: ObjectiveConfig
+    folder: Path, parallel: ParallelConfig, objective: ObjectiveConfig, all_calls: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Figures of a step and what the model scores and writes before it; tensors on rank 0."""
+    """Figures of a step and what the model scores before it, and what else a trainer can do if `all_calls`;
+    tensors on rank 0."""
     kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
     objective = msgspec.structs.replace(objective, kl=kl)
     model = ModelConfig(path=str(folder), micro_batch_tokens=48, parallel=parallel, logits_chunk=7)
     trainer = Trainer(folder, model, OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=CLIP), objective)
     tensors = {f"weight {name}": tensor for name, tensor in trainer.export().items()}
     scores = [values.tolist() for values in trainer.score(SEQUENCES)]
-    answers = trainer.generate(SEQUENCES, 3, eos_id=-1, seed=4)
     metrics = trainer.train_step(share(batch()), 0)
     tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
+    steady = {
+        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
+    }
+    rest = other_calls(trainer) if all_calls else {}
+    return {"metrics": steady, "scores": scores, **rest}, tensors
+
+
+def other_calls(trainer: Trainer) -> dict[str, Any]:
+    """Answers that the model writes, and losses of supervised steps, some of them undone."""
+    answers = trainer.generate(SEQUENCES, 3, eos_id=-1, seed=4)
     start = trainer.snapshot()
     demonstrations = [([1, 2, value], [value, 5, 0]) for value in range(8, 20)]
     ranks = parallel_state.get_data_parallel_world_size()
@@ -74,10 +84,7 @@ def train(
     losses = [trainer.sft_step(part, 1e-2)["loss"] for _ in range(2)]
     trainer.restore(start)
     losses.append(trainer.sft_step(part, 1e-2)["loss"])
-    steady = {
-        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
-    }
-    return {"metrics": steady, "scores": scores, "answers": answers, "losses": losses}, tensors
+    return {"answers": answers, "losses": losses}
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -87,7 +94,9 @@ def main(rank: int, size: int, folder: Path) -> None:
     for _, group in groupby(trials(size), key=lambda trial: trial.name):
         for trial in group:
             join_world(store, rank, size, trial.parallel)
-            figures, tensors = train(folder / trial.case, trial.parallel, OBJECTIVES[trial.kind])
+            figures, tensors = train(
+                folder / trial.case, trial.parallel, OBJECTIVES[trial.kind], trial.all_calls
+            )
             out = folder / trial.id
             out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
             if rank == 0:
