@@ -71,7 +71,7 @@ def _obey(model: torch.nn.Module, ticket: Ticket) -> Report:
         report,
         way=way,
         reason=plan.reason,
-        tensors=len(plan.addresses),
+        tensors=len(live_tensors(model)),
         copies=len(plan.copies),
         layout=layout_of(model),
     )

@@ -7,8 +7,9 @@ does to the weights is copies between views, so it is watched once, and later ve
     plan = watch(model, views, load)    # loads a version by names
     plan.copy(image)                    # loads another one of the same layout
 
-Where loading does anything but copy (quantizes, derives tensors from others), there is no plan, and every
-version goes by names.
+What is then computed from the engine's own tensors into its buffers (a norm's gain plus one) is repeated as
+well. Where loading does anything else (quantizes, makes new tensors), there is no plan, and every version
+goes by names.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ class Copy:
         return typed.as_strided(self.size, self.stride, self.offset // item)
 
 
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A buffer of the engine's that is computed from its tensors, all of which are arguments."""
+
+    function: Callable[..., torch.Tensor]
+    """An operator that writes to `out`, which is no input of it."""
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def compute(self) -> None:
+        """Fills the buffer."""
+        self.function(*self.arguments, **self.named)
+
+
 @dataclass(eq=False)
 class Plan:
     """All copies that load one layout into one model."""
@@ -59,6 +74,8 @@ class Plan:
     addresses: dict[str, int]
     """Where each tensor of the model lay; one that has moved since makes the plan void."""
     copies: list[Copy] = field(default_factory=list)
+    derived: list[Derived] = field(default_factory=list)
+    """In the order in which they are computed, after all copies."""
     reason: str = ""
     """Why versions must go by names instead; empty if the copies are all that loading does."""
 
@@ -70,6 +87,8 @@ class Plan:
         """Fills the model from `image`, uint8 [bytes]."""
         for copy in self.copies:
             copy.target.copy_(copy.source(image))
+        for derived in self.derived:
+            derived.compute()
 
     def unequal(self, image: torch.Tensor) -> int:
         """How many copies are not equal, bit by bit, to what they should be."""
@@ -94,10 +113,10 @@ def watch(
     """Loads `tensors`, which are views of `image`, by `load`, and returns the plan of what that did."""
     live = live_tensors(model)
     plan = Plan(layout, _addresses(model))
-    watcher = _Watcher(image, live)
+    watcher = _Watcher(image, live, dict(model.named_buffers()))
     with torch.no_grad(), watcher:
         load(watcher.fed(tensors))
-    plan.copies, plan.reason = watcher.copies, watcher.reason
+    plan.copies, plan.derived, plan.reason = watcher.copies, watcher.derived, watcher.reason
     if plan.addresses != _addresses(model):
         plan.reason = "loading moves the engine's tensors"
     elif not plan.reason and plan.unequal(image):
@@ -124,12 +143,16 @@ def uncovered(plan: Plan, model: torch.nn.Module) -> list[str]:
 class _Watcher(TorchDispatchMode):
     """Notes copies from the image into the model, and anything else that loading computes."""
 
-    def __init__(self, image: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, image: torch.Tensor, live: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
         self.copies: list[Copy] = []
+        self.derived: list[Derived] = []
         self.reason = ""
         self._first, self._end = image.data_ptr(), image.data_ptr() + image.numel()
         self._live = {tensor.untyped_storage().data_ptr() for tensor in live.values()}
+        self._buffers = {tensor.untyped_storage().data_ptr() for tensor in buffers.values()} - self._live
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Copies of the present tensor on other devices or of other types: storage -> (it, the tensor)."""
 
@@ -150,6 +173,8 @@ class _Watcher(TorchDispatchMode):
             self._note(args[0], args[1])
         elif function in _SAME and self._whole(args[0], result):
             self._moved[result.untyped_storage().data_ptr()] = (result, args[0])
+        elif self._derives(args, kwargs or {}):
+            self.derived.append(Derived(function, args, kwargs or {}))
         elif isinstance(result, torch.Tensor) and not any(_shares(result, value) for value in ours):
             self.reason = self.reason or f"loading computes {function}"
         elif function._schema.is_mutable and function not in _CONSTANT:
@@ -170,6 +195,13 @@ class _Watcher(TorchDispatchMode):
             self.reason = self.reason or "loading copies weights to somewhere else"
         self.copies.append(Copy(target.detach(), offset, tuple(view.shape), view.stride(), dtype))
 
+    def _derives(self, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        """Whether an operator fills a buffer of the engine's from live tensors."""
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        out = named.get("out")
+        fills = out is not None and out.untyped_storage().data_ptr() in self._buffers
+        return fills and all(self._is_live(tensor) for tensor in tensors)
+
     def _is_ours(self, value: torch.Tensor) -> bool:
         return self._in_image(value) or self._is_live(value)
 
@@ -185,7 +217,8 @@ class _Watcher(TorchDispatchMode):
 
 
 def _addresses(model: torch.nn.Module) -> dict[str, int]:
-    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.data_ptr() for name, tensor in tensors}
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:

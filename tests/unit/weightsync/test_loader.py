@@ -52,6 +52,18 @@ class Moving(Fused):
                 super().load_weights([(name, tensor.clone())])
 
 
+class Plus(Fused):
+    """Keeps a gain plus one in a buffer, as SGLang does for norms that are centred at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("plus", torch.zeros(12, 8, dtype=torch.bfloat16), persistent=False)
+
+    def load_weights(self, weights: Weights) -> None:
+        super().load_weights(weights)
+        torch.add(self.qkv.data, 1.0, out=self.plus)
+
+
 class Foreign(Fused):
     """Fills a part from a table of its own."""
 
@@ -149,6 +161,15 @@ def test_a_tensor_that_goes_elsewhere_first_is_followed(obey: Obey) -> None:
         report = obey(model, exported(seed))
         assert (report.problem, report.reason, report.way) == ("", "", way)
         assert is_loaded(model, exported(seed))
+
+
+def test_a_buffer_that_is_computed_from_weights_follows_them(obey: Obey) -> None:
+    model = Plus()
+    for seed, way in ((0, "names"), (1, "plan"), (2, "plan")):
+        report = obey(model, exported(seed))
+        assert (report.problem, report.reason, report.way) == ("", "", way)
+        assert is_loaded(model, exported(seed))
+        assert torch.equal(model.plus, model.qkv + 1)
 
 
 def test_another_layout_makes_another_plan(obey: Obey) -> None:
