@@ -65,6 +65,7 @@ bench: $(VENV)/bench/.ready
 	$(VENV)/bin/python -m benchmarks.admission --json
 	$(VENV)/bin/python -m benchmarks.late_policies --plot docs/late_policies.png --json
 	$(VENV)/bin/python -m benchmarks.packing --json
+	$(VENV)/bin/python -m benchmarks.learner_step --json
 
 rehearse:
 	.ci/rehearse

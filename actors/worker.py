@@ -76,6 +76,8 @@ class Actor:
         self._stream, self._name, self._settings = stream, name, settings
         self._model, self._logs = model, logs
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._publishing: set[str] = set()
+        """Tokens whose groups are being handed in: the answer to that says what became of the lease."""
         self._slots = Slots(settings.rollout.concurrency)
         self._use = Utilisation()
         self._gate: Gate | None = None
@@ -234,6 +236,7 @@ class Actor:
             if self._settings.stream.dynamic_sampling and teaches_nothing(group):
                 reason = "filtered"
                 return
+            self._publishing.add(lease.token)
             answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
             reason = ""
             if answer.status == "ok":
@@ -256,6 +259,7 @@ class Actor:
                 self._failed.set_exception(error)
         finally:
             del self._tasks[lease.token]
+            self._publishing.discard(lease.token)
             self._slots.release()
             self._clock()
             if reason in ("reward", "engine", "filtered"):
@@ -285,7 +289,7 @@ class Actor:
             call = Heartbeat(self._name, self.epoch, self._state, msgspec.json.encode(stats).decode(), tokens)
             beat = await self._stream.call(call)
             for token in beat.lost:
-                if token in self._tasks:
+                if token in self._tasks and token not in self._publishing:  # that one hears by itself
                     log.warning("lease %s is gone, its group is given up", token.partition(":")[0])
                     self._tasks[token].cancel()
             if beat.ended and not stop.is_set():

@@ -14,7 +14,7 @@ import msgspec
 from buffer.client import Stream
 from buffer.connect import connect
 from buffer.errors import NoRun, RedisUnavailable, StreamError
-from buffer.ledger import Ledger, Snapshot
+from buffer.ledger import ActorRecord, Ledger, Snapshot
 from launch.config import RunConfig, to_json
 from launch.errors import LaunchError
 from launch.fleet import Fleet
@@ -99,6 +99,7 @@ def follow(
     Raises `LaunchError` if a rank of the learner, or every actor, fails.
     """
     progress, ledger, told, learner = Progress(), None, False, ranks[0]
+    seen: dict[str, ActorRecord] = {}
     while learner.returncode is None:
         if interrupt.asked and not told:
             print("\nstopping after this step ...", file=sys.stderr)
@@ -106,6 +107,7 @@ def follow(
             learner.process.terminate()
             told = True
         ledger = _look(stream) or ledger
+        seen |= ledger.actors if ledger is not None else {}
         progress.show(progress_line(of_ledger(stream.run, ledger)) if ledger else "starting ...")
         if fleet is not None:
             fleet.tend()
@@ -117,10 +119,8 @@ def follow(
         time.sleep(_LOOK_S)
     progress.close()
     _check_ranks(ranks)
-    final = _look(stream)
-    if final is None or ledger is None:
-        return final or ledger
-    return msgspec.structs.replace(final, actors={**ledger.actors, **final.actors})
+    ledger = _look(stream) or ledger
+    return None if ledger is None else msgspec.structs.replace(ledger, actors=seen | ledger.actors)
 
 
 def _check_ranks(ranks: Sequence[Child]) -> None:

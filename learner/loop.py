@@ -97,7 +97,7 @@ class Loop:
         """Commits the version of now, offers it to the engines, and saves it now and then.
 
         Of a version committed before, the digest of then counts: weights that came out differently, as they
-        may on a GPU, go on being trained but are neither offered nor saved.
+        may on a GPU, go on being trained and are saved, but not offered.
         """
         session, tensors = self._session, self._trainer.export()
         manifest = Manifest.of(self._trainer.version, tensors)
@@ -109,8 +109,7 @@ class Loop:
             committed = session.known.versions.get(manifest.version, manifest.digest)
         if committed != manifest.digest:
             log.warning("version %d is %s again, it was %s", manifest.version, manifest.digest, committed)
-            return manifest
-        if newest:
+        elif newest:
             self._offers.publish(manifest, tensors)
         if self._checkpoints is not None and manifest.version:
             self._checkpoints.after_step(self._trainer, manifest.digest)

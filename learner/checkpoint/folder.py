@@ -40,7 +40,10 @@ class State(msgspec.Struct, frozen=True):
     version: int
     """Optimizer steps behind the weights."""
     digest: str
-    """Of the exported weights, as committed."""
+    """Of the version, as committed."""
+    weights: str
+    """Of the exported weights that are saved: another one if the version was trained again and came out
+    differently, as it may on a GPU."""
     epoch: int
     """Number of the learner's epoch that wrote it."""
     lineage: int

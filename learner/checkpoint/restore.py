@@ -96,8 +96,8 @@ class Restore:
         except CheckpointError as error:
             set_aside(one.path, str(error))
             return False
-        if (found := _digest(trainer)) != committed:
-            set_aside(one.path, f"its weights have digest {found}, version {one.version} has {committed}")
+        if (found := _digest(trainer)) != one.state.weights:
+            set_aside(one.path, f"its weights have digest {found}, {one.state.weights} were saved")
             return False
         return True
 
@@ -121,7 +121,7 @@ class Restore:
         log.warning("a new lineage from version %d, undoing %d steps: %s", at, session.version - at, reason)
         session.fork(at, reason, self._rules)
         for one in self._found:
-            if one.version > at:
+            if one.version > at and one.path.exists():  # else it was put aside
                 remove(one.path)
         self._found = [one for one in self._found if one.version <= at]
 

@@ -92,7 +92,8 @@ class Checkpoints:
         session = self._session
         state = State(
             version=trainer.version,
-            digest=digest,
+            digest=session.known.versions.get(trainer.version, digest),
+            weights=digest,
             epoch=int(session.epoch.partition(":")[0]),
             lineage=session.known.lineage,
             memory=msgspec.Raw(session.memory()),

@@ -158,11 +158,13 @@ def _assembled(
 def _buckets(shape: Shape) -> Iterator[list[Rule]]:
     """The rules in order, in runs of about `BUCKET` elements."""
     bucket: list[Rule] = []
+    elements = 0
     for rule in rules(shape):
         bucket.append(rule)
-        if sum(prod(rule.shape) for rule in bucket) >= BUCKET:
+        elements += prod(rule.shape)
+        if elements >= BUCKET:
             yield bucket
-            bucket = []
+            bucket, elements = [], 0
     if bucket:
         yield bucket
 

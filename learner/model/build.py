@@ -130,6 +130,11 @@ def _gpt(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> GPTModel:
 
 
 def _hybrid(shape: Shape, dtype: torch.dtype, recompute: Recompute) -> PackedHybrid:
+    if dtype != torch.bfloat16:
+        raise ModelError(
+            f"model.dtype: got float32 for {shape.family}, expected bfloat16: mamba-ssm's kernels were off "
+            "in fp32 (docs/gpu.md)"
+        )
     from learner.model.hybrid import build_hybrid  # needs Transformer Engine
 
     return build_hybrid(shape, _common(shape, dtype) | _recompute(shape, recompute))

@@ -88,6 +88,14 @@ class RealTrial(Trial):
         held: dict[Any, Any] = self.stream.redis.hgetall(self.stream.key("versions"))
         return {int(version): digest.decode() for version, digest in held.items()}
 
+    def newest(self) -> int:
+        """Version of the newest complete checkpoint, 0 for none."""
+        return max((int(name.split("-")[1]) for name in self.checkpoints() if name[0] == "s"), default=0)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line of the run's metrics."""
+        return [json.loads(line) for line in (self.files / "metrics.jsonl").read_text().splitlines()]
+
     def checkpoints(self) -> list[str]:
         """Names in the folder of checkpoints."""
         return sorted(path.name for path in (self.files / "checkpoints").glob("*"))

@@ -60,12 +60,14 @@ def test_rows_3_4_5_killed_again_and_again(
     """
     run = real_trial(eta=0, max_steps=STEPS, uncovered_max=2)
     run.actor(), run.actor()
-    saved = 0
     for life, point in enumerate(points):  # row 5
-        killed = run.learner(fault=f"learner:{point}:1")
+        # The life before this one left a complete checkpoint without its commit, which comes first.
+        times, saved = 2 if point == "ckpt-committed" else 1, run.newest()
+        killed = run.learner(fault=f"learner:{point}:{times}")
         killed.wait_killed()
         assert [one["version"] for one in killed.events("restored")] == [saved] * bool(life)
-        saved += 0 if point in BEFORE_ITS_NAME else 2
+        assert (run.newest() > saved) == (point not in BEFORE_ITS_NAME), point
+    saved = run.newest()
     killed = run.learner(fault="learner:trained:1")  # row 3: after the optimizer, before the commit
     killed.wait_killed()
     unsaid = killed.events("trained")[-1]
@@ -78,6 +80,7 @@ def test_rows_3_4_5_killed_again_and_again(
     assert last.events("restored")[0]["version"] == saved
     assert last.events("assigned")[0]["repeat"]
     assert run.versions() == unfaulted
+    assert [row["step"] for row in run.metrics()] == list(range(STEPS))
     assert [name for name in run.checkpoints() if name.startswith(".")] == []
     epochs = [int(one.events("joined")[0]["epoch"].partition(":")[0]) for one in run.learners]
     assert epochs == list(range(1, len(epochs) + 1))
@@ -98,6 +101,8 @@ def test_row_4_the_same_up_to_the_last_assigned_step(real_trial: Callable[..., R
     before = {one["step"]: one["digest"] for one in killed.events("trained")}
     assert all(one["digest"] == before[one["step"]] for one in again)
     assert [one["step"] for one in last.events("assigned") if one["repeat"]] == [5, 6, 7, 8]
+    said = killed.events("committed")[-1]["version"]
+    assert [one["version"] for one in last.events("committed")] == list(range(said + 1, STEPS + 1))
     run.finish()
 
 
@@ -156,10 +161,11 @@ def test_payloads_that_are_gone_are_undone_by_a_fork(real_trial: Callable[..., R
     ledger = run.ledger()
     assert (ledger.number("lineage"), ledger.number("version")) == (1, STEPS)
     assert [one["lineage"] for one in last.events("trained")] == [0, 1, 1, 1, 1]
-    assert (
-        "undoing 2 steps: step 5 cannot be trained again (lost)"
-        in (run.folder / "logs/learner-1.text").read_text()
-    )
+    undone = killed.events("committed")[-1]["version"] - 5
+    said = (run.folder / "logs/learner-1.text").read_text()
+    assert f"undoing {undone} steps: step 5 cannot be trained again (lost)" in said
+    for actor in run.actors:
+        actor.wait(0)
 
 
 def test_the_batch_zero_gate_ends_a_run_before_it_trains(real_trial: Callable[..., RealTrial]) -> None:

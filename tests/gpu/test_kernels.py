@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.held import rule_name
 from learner.convert.names import rules
-from learner.model import forward
+from learner.model import inputs
 from learner.model.forward import target_logits, target_logprobs
 from learner.packing import MicroBatch, pack, row_of_tokens
 from learner.step import Trainer
@@ -25,10 +25,8 @@ from tests.unit.learner.families import router_margin
 
 Family = tuple[str, Path, torch.nn.Module]
 
-LIMITS = {"nemotron_h": 5e-3}
-"""Largest error of a logit, in units of their rms, other than 1e-4: mamba-ssm multiplies fp32 as TF32."""
-EXACT = [case for case in CASES if case != "qwen3_next"]
-"""Run in fp32; gated DeltaNet is not, because its fp32 kernels take minutes to compile."""
+EXACT = [case for case in CASES if case not in ("qwen3_next", "nemotron_h")]
+"""Run in fp32. flash-linear-attention's fp32 kernels take minutes to compile, mamba-ssm's are off."""
 
 
 def make_trainer(folder: Path, tokens: int = 1000, dtype: str = "float32") -> Trainer:
@@ -43,7 +41,7 @@ def run_dtype(case: str) -> str:
 @pytest.fixture(scope="module", params=list(CASES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
-    theirs = make(request.param, folder)
+    theirs = make(request.param, folder, rounded=request.param not in EXACT)
     assert router_margin(theirs, sequences()) > 1e-4, "a router choice hangs by a thread: another seed"
     return request.param, folder, theirs
 
@@ -80,9 +78,8 @@ def test_logits_and_gradients_in_fp32_equal_transformers(family: Family) -> None
         away[name] = ((found[name] - right).norm() / right.norm().clamp(min=1e-9)).item()
     worst = max(away, key=lambda name: away[name])
     print(f"\n{case}: fp32 logits {error:.1e} at rms {rms:.2f}; worst gradient {away[worst]:.1e} ({worst})")
-    limit = LIMITS.get(case, 1e-4)
-    assert error <= limit * max(1.0, rms)
-    assert away[worst] <= 10 * limit, worst
+    assert error <= 1e-4 * max(1.0, rms)
+    assert away[worst] <= 1e-3, worst
 
 
 def test_packed_equals_one_by_one_and_leaks_without_boundaries(
@@ -92,26 +89,29 @@ def test_packed_equals_one_by_one_and_leaks_without_boundaries(
     trainer = make_trainer(folder, dtype=run_dtype(case))
     together = trainer.score(sequences())
     alone = make_trainer(folder, tokens=1, dtype=run_dtype(case)).score(sequences())
-    honest: Callable[[MicroBatch], object] = forward._boundaries
+    honest: Callable[[MicroBatch], object] = inputs._sequences
 
     def leaky(batch: MicroBatch) -> object:
-        ends, length = batch.cu_seqlens_padded[[0, -1]], len(batch.tokens)
-        return honest(replace(batch, cu_seqlens=ends, cu_seqlens_padded=ends, max_length=length))
+        return honest(
+            replace(batch, cu_seqlens_padded=batch.cu_seqlens_padded[[0, -1]], max_length=len(batch.tokens))
+        )
 
-    monkeypatch.setattr(forward, "_boundaries", leaky)
+    monkeypatch.setattr(inputs, "_sequences", leaky)
     leaking = trainer.score(sequences())
     off = max(np.abs(a - b).max() for a, b in zip(together, alone, strict=True))
     first, *leaks = (np.abs(a - b).max() for a, b in zip(together, leaking, strict=True))
-    print(f"\n{case}: packed against one by one {off:.1e}; without boundaries {min(leaks):.1e} at least")
-    limit = {"float32": LIMITS.get(case, 1e-5), "bfloat16": 0.05}[run_dtype(case)]
+    seen = np.median(leaks)
+    print(f"\n{case}: packed against one by one {off:.1e}; without boundaries {seen:.1e}")
+    limit = {"float32": 1e-5, "bfloat16": 0.1}[run_dtype(case)]
     assert off <= limit
     assert first <= limit
-    assert min(leaks) > 2 * limit
+    assert seen > 5 * limit
 
 
 def test_a_round_trip_keeps_every_bit(family: Family) -> None:
-    exported = make_trainer(family[1]).export()
-    expected = hf_tensors(family[2])
+    case, folder, theirs = family
+    exported = make_trainer(folder, dtype=run_dtype(case)).export()
+    expected = hf_tensors(theirs)
     assert exported.keys() == expected.keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, expected[name]), name
@@ -119,7 +119,7 @@ def test_a_round_trip_keeps_every_bit(family: Family) -> None:
 
 def test_keys_of_a_distributed_checkpoint_are_those_of_the_cpu(family: Family) -> None:
     """The rules give them, and are compared with the CPU's modules in tests/unit/learner/test_names.py."""
-    trainer = make_trainer(family[1])
+    trainer = make_trainer(family[1], dtype=run_dtype(family[0]))
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "non_homogeneous_layers": True}
     sharded = trainer._model.sharded_state_dict(metadata=metadata)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from learner.config import KlConfig, ObjectiveConfig, ParallelConfig
 from tests.unit.learner.families import make_family
@@ -25,7 +27,7 @@ EVERY_TERM = ObjectiveConfig(
 BY_SAMPLE = ObjectiveConfig(
     kl=KlConfig(coefficient=0.1),
     correction="mis",
-    mis_low=0.02,
+    mis_low=0.003,
     aggregation="sequence_mean",
     advantage="reinforce_pp",
     mini_batches=2,
@@ -65,8 +67,39 @@ PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
 """By world size: the layout, and the models that are trained in it."""
 
 
-def make_checkpoint(case: str, folder: Path) -> Path:
-    """Write the model of `case` to `folder`/`case`."""
-    family, changes = CASES[case]
-    make_family(family, folder / case, **changes)
-    return folder / case
+BY_SAMPLE_TOO = ("TP 2", "PP 2", "CP 2", "DP 2", "PP 2 CP 2", "PP 2 DP 2 EP 2")
+"""Layouts in which `next` is also trained by the other objective."""
+
+
+class Trial(NamedTuple):
+    """A model trained in a layout by an objective."""
+
+    name: str
+    parallel: ParallelConfig
+    case: str
+    kind: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.case}-{self.kind}"
+
+
+def trials(size: int) -> Iterator[Trial]:
+    """What a world of `size` ranks trains, layout by layout."""
+    for name, (parallel, cases) in PLANS[size].items():
+        for case in cases:
+            yield Trial(name, parallel, case, "terms")
+        if name in BY_SAMPLE_TOO:
+            yield Trial(name, parallel, "next", "samples")
+
+
+def make_checkpoints(folder: Path) -> None:
+    """Write the model of each case to a folder of its name, and another, which is its reference model."""
+    for case, (family, changes) in CASES.items():
+        make_family(family, folder / case, **changes)
+        make_family(family, reference_of(folder / case), std=0.08, **changes)
+
+
+def reference_of(folder: Path) -> Path:
+    """The reference model of the model in `folder`."""
+    return folder.with_name(f"{folder.name}-reference")

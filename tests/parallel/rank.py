@@ -1,12 +1,13 @@
 """One rank of a world: trains every model in every layout of its size, and writes what came out.
 
-python -m tests.parallel.rank RANK SIZE FOLDER [LAYOUT...]
+`python -m tests.parallel.rank RANK SIZE FOLDER`, once for each rank; models are in the folder.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig, Parall
 from learner.convert.held import whole_tensors
 from learner.model.world import join_world
 from learner.step import Trainer
-from tests.parallel.layouts import OBJECTIVES, PLANS
+from tests.parallel.layouts import OBJECTIVES, reference_of, trials
 from tests.unit.learner.groups import make_group
 
 CLIP = 0.1
@@ -57,6 +58,8 @@ def train(
     folder: Path, parallel: ParallelConfig, objective: ObjectiveConfig
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Figures of a step and what the model scores and writes before it; tensors on rank 0."""
+    kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
+    objective = msgspec.structs.replace(objective, kl=kl)
     model = ModelConfig(path=str(folder), micro_batch_tokens=48, parallel=parallel, logits_chunk=7)
     trainer = Trainer(folder, model, OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=CLIP), objective)
     tensors = {f"weight {name}": tensor for name, tensor in trainer.export().items()}
@@ -77,27 +80,22 @@ def train(
     return {"metrics": steady, "scores": scores, "answers": answers, "losses": losses}, tensors
 
 
-def main(rank: int, size: int, folder: Path, only: list[str]) -> None:
+def main(rank: int, size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{size}"), size)
-    for name, (parallel, cases) in PLANS[size].items():
-        if only and name not in only:
-            continue
-        join_world(store, rank, size, parallel)
-        for case in cases:
-            for kind, objective in OBJECTIVES.items():
-                if kind == "samples" and case != "next":
-                    continue
-                figures, tensors = train(folder / case, parallel, objective)
-                out = folder / f"{name}-{case}-{kind}"
-                out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
-                if rank == 0:
-                    save_file(tensors, out.with_suffix(".safetensors"))
+    for _, group in groupby(trials(size), key=lambda trial: trial.name):
+        for trial in group:
+            join_world(store, rank, size, trial.parallel)
+            figures, tensors = train(folder / trial.case, trial.parallel, OBJECTIVES[trial.kind])
+            out = folder / trial.id
+            out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
+            if rank == 0:
+                save_file(tensors, out.with_suffix(".safetensors"))
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,25 +15,26 @@ from safetensors.torch import load_file
 
 from learner.config import ParallelConfig
 from learner.convert.hf import HfFolder
-from tests.parallel.layouts import CASES, OBJECTIVES, PLANS, make_checkpoint
+from tests.parallel.layouts import OBJECTIVES, PLANS, Trial, make_checkpoints, trials
 from tests.parallel.rank import train
 
 ROOT = Path(__file__).parents[2]
-TRIALS = [
-    pytest.param(size, name, case, kind, id=f"{name}-{case}-{kind}")
-    for size, plan in PLANS.items()
-    for name, (_, cases) in plan.items()
-    for case in cases
-    for kind in OBJECTIVES
-    if kind == "terms" or case == "next"
-]
+TRIALS = [pytest.param(size, trial, id=trial.id) for size in PLANS for trial in trials(size)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
-    for case in CASES:
-        make_checkpoint(case, path)
+    make_checkpoints(path)
     return path
 
 
@@ -43,20 +45,19 @@ class Worlds:
         self.folder, self._done = folder, set[int]()
         self._alone: dict[tuple[str, str], tuple[dict, dict]] = {}
 
-    def of(self, size: int, name: str, case: str, kind: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    def of(self, size: int, trial: Trial) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Figures of all ranks, and the tensors of rank 0."""
         if size not in self._done:
             self._done.add(size)
             start(self.folder, size)
-        out = self.folder / f"{name}-{case}-{kind}"
+        out = self.folder / trial.id
         figures = [json.loads(out.with_suffix(f".{rank}.json").read_bytes()) for rank in range(size)]
         return figures, load_file(out.with_suffix(".safetensors"))
 
     def alone(self, case: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
         """The same from this process."""
         if (case, kind) not in self._alone:
-            found = train(self.folder / case, ParallelConfig(), OBJECTIVES[kind])
-            self._alone[case, kind] = found
+            self._alone[case, kind] = train(self.folder / case, ParallelConfig(), OBJECTIVES[kind])
         return self._alone[case, kind]
 
 
@@ -90,11 +91,9 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize(("size", "name", "case", "kind"), TRIALS)
-def test_ranks_train_what_one_process_does(
-    worlds: Worlds, size: int, name: str, case: str, kind: str
-) -> None:
-    assert_same(*worlds.of(size, name, case, kind), *worlds.alone(case, kind))
+@pytest.mark.parametrize(("size", "trial"), TRIALS)
+def test_ranks_train_what_one_process_does(worlds: Worlds, size: int, trial: Trial) -> None:
+    assert_same(*worlds.of(size, trial), *worlds.alone(trial.case, trial.kind))
 
 
 def assert_same(
@@ -116,13 +115,11 @@ def assert_same(
     assert max(worst.values()) < 1e-4, max(worst, key=worst.get)
 
 
-@pytest.mark.parametrize(("size", "name", "case", "kind"), [p for p in TRIALS if p.values[3] == "terms"])
-def test_what_was_loaded_onto_ranks_comes_back_bit_by_bit(
-    worlds: Worlds, size: int, name: str, case: str, kind: str
-) -> None:
-    _, tensors = worlds.of(size, name, case, kind)
-    stored = HfFolder(worlds.folder / case)
-    names = [found.removeprefix("weight ") for found in tensors if found.startswith("weight ")]
-    assert set(names) == {found for found in stored.shapes if not found.startswith("mtp.")}
-    for found in names:
-        assert torch.equal(tensors[f"weight {found}"], stored.tensor(found)), found
+@pytest.mark.parametrize(("size", "trial"), TRIALS)
+def test_what_was_loaded_onto_ranks_comes_back_bit_by_bit(worlds: Worlds, size: int, trial: Trial) -> None:
+    _, tensors = worlds.of(size, trial)
+    stored = HfFolder(worlds.folder / trial.case)
+    exported = {name.removeprefix("weight "): t for name, t in tensors.items() if name.startswith("weight ")}
+    assert exported.keys() == {name for name in stored.shapes if not name.startswith("mtp.")}
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, stored.tensor(name)), name

@@ -16,6 +16,7 @@ from actors.worker import Actor, Settings
 from buffer.admission import Drop
 from buffer.codec import decode
 from buffer.config import StreamConfig
+from buffer.members import Beat
 from buffer.schema import Group
 from buffer.stream import Published
 from launch.tiny_model import make_tiny_qwen3
@@ -139,3 +140,25 @@ async def test_a_lease_waits_until_the_engine_serves_its_version(tmp_path: Path)
     await task
     assert len(engine.asked) == 1
     await actor._rewards.close()
+
+
+@pytest.mark.parametrize("publishing", [True, False])
+async def test_a_lost_lease_ends_its_group_unless_that_is_being_published(
+    tmp_path: Path, publishing: bool
+) -> None:
+    """A heartbeat that overtakes the answer to a publish hears that the lease is gone: it was published."""
+    stream = Written()
+    actor = Actor(
+        stream, "actor-0", Settings(3, StreamConfig(), RolloutConfig(), EngineConfig()), tmp_path, tmp_path
+    )  # type: ignore[arg-type]
+    actor.epoch = "2:x"
+    stream.call = AsyncMock(return_value=Beat(0, 0, False, "done", [LEASE.token]))  # type: ignore[method-assign]
+    task = actor._tasks[LEASE.token] = asyncio.create_task(asyncio.sleep(0.1))
+    if publishing:
+        actor._publishing.add(LEASE.token)
+    stop = asyncio.Event()
+    beating = asyncio.create_task(actor._beat(stop))
+    await stop.wait()
+    beating.cancel()
+    await asyncio.wait([task, beating])
+    assert task.cancelled() != publishing

@@ -110,3 +110,11 @@ def test_weightsync() -> None:
     assert set(ways) == {"export", "shm", "peer", "disk", "delta", "gloo", "stock"}
     assert all(way["seconds"] > 0 and way["floor"] > 0 for way in ways.values())
     assert ways["delta"]["bytes_to_full"] < 0.1, "one word in a hundred has changed"
+
+
+def test_learner_step() -> None:
+    tiny = quick("learner_step")["tiny"]
+    assert tiny["beside"] < tiny["step"]
+    assert tiny["wait"] < tiny["step"] / 4, "the next batch is fetched while this one trains"
+    parts = sum(tiny[part] for part in ("pack", "score", "wait", "rest of the step", "publish", "record"))
+    assert 0.3 * tiny["beside"] < parts < 3 * tiny["beside"]

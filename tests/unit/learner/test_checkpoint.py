@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from learner.checkpoint import folder as folders
 from learner.checkpoint.folder import State, complete, oldest_kept, prune
 from learner.checkpoint.saver import Saver
+from learner.checkpoint.snapshot import Snapshot
 from learner.checkpoint.state import Part
 from learner.config import CheckpointConfig, KlConfig, ModelConfig, ObjectiveConfig
 from learner.convert.dist_checkpoint import BACKEND
 from learner.convert.folders import mcore_to_hf
 from learner.errors import CheckpointError, ConfigError
+from learner.ranks import Leader, Ranks
 from learner.step import Trainer
 from tests.unit.learner.families import make_family
 from tests.unit.learner.test_step import QUICK, batch_of, digest, make_trainer
@@ -31,7 +34,7 @@ from tests.unit.learner.test_step import QUICK, batch_of, digest, make_trainer
 
 def state_of(trainer: Trainer) -> State:
     memory = msgspec.Raw(b'{"head": 3}')
-    return State(trainer.version, "d", 7, 0, memory, trainer.optimizer_steps())
+    return State(trainer.version, "d", "d", 7, 0, memory, trainer.optimizer_steps())
 
 
 def save(trainer: Trainer, folder: Path, ranks: Sequence[Sequence[Part]] | None = None) -> Path:
@@ -127,15 +130,21 @@ def test_megatron_core_and_launch_convert_read_it(
     assert digest(make_trainer(tmp_path / "hf")) == digest(trainer)
 
 
-def test_the_copy_is_of_the_moment_it_was_begun(make_checkpoint: Callable, tmp_path: Path) -> None:
+def test_the_copy_is_of_the_moment_it_was_begun(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step's optimizer waits for a copy that is slow."""
     folder, _ = make_checkpoint()
-    trainer, again = make_trainer(folder), make_trainer(folder)
+    model = ModelConfig(path=str(folder), micro_batch_tokens=64)
+    trainer = Leader(Ranks(), folder, model, QUICK, ObjectiveConfig(), seed=3)
+    again = make_trainer(folder)
     trainer.train_step(batch_of(0), 0)
-    then, random = digest(trainer), torch.get_rng_state()
+    then, random, take = digest(trainer), torch.get_rng_state(), Snapshot.take
+    monkeypatch.setattr(Snapshot, "take", lambda *args: time.sleep(1) or take(*args))
     with Saver(tmp_path) as saver:
-        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
-        trainer.before_update = saver.copied
+        trainer.begin_checkpoint(saver, tmp_path, state_of(trainer))
         trainer.train_step(batch_of(1), 1)
+        assert saver.stalled_s > 0.5
         torch.rand(3)
         with pytest.raises(CheckpointError, match="another is being written"):
             saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
@@ -157,6 +166,22 @@ def test_an_optimizer_that_made_no_step_stays_fresh(make_checkpoint: Callable, t
     for one in (trainer, again):
         one.train_step(batch_of(1), 1)
     assert digest(again) == digest(trainer)
+
+
+def test_bf16_goes_on_from_its_fp32_weights(make_checkpoint: Callable, tmp_path: Path) -> None:
+    folder, _ = make_checkpoint()
+    model = ModelConfig(path=str(folder), micro_batch_tokens=64, dtype="bfloat16")
+    optimizer = msgspec.structs.replace(QUICK, lr=1e-4)  # most updates are below what bf16 shows
+    trainer, again = (Trainer(folder, model, optimizer, ObjectiveConfig()) for _ in range(2))
+    for step in range(2):
+        trainer.train_step(batch_of(step), step)
+    again.load_checkpoint(save(trainer, tmp_path))
+    assert all(map(torch.equal, moments(again), moments(trainer)))
+    for one in (trainer, again):
+        for step in range(2, 5):
+            one.train_step(batch_of(step), step)
+    assert all(map(torch.equal, moments(again), moments(trainer)))
+    assert {part.tensor.dtype for part in trainer.parts()} == {torch.float32, torch.bfloat16}
 
 
 def test_the_reference_is_the_policy_of_step_0(make_checkpoint: Callable, tmp_path: Path) -> None:
@@ -189,12 +214,11 @@ def test_damage_is_refused_by_name(trained: tuple[Path, Trainer, Path], tmp_path
         make_trainer(model).load_checkpoint(path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    trained: tuple[Path, Trainer, Path], make_checkpoint: Callable
-) -> None:
-    folder, _ = make_checkpoint()
-    with pytest.raises(CheckpointError, match=r"got shape .*, expected .* by config.json"):
-        make_trainer(folder).load_checkpoint(trained[2])
+def test_a_checkpoint_of_another_model_is_refused(make_checkpoint: Callable, tmp_path: Path) -> None:
+    path = save(make_trainer(make_checkpoint()[0]), tmp_path)
+    wider, _ = make_checkpoint(intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"got shape \(.*\), expected \(.*\) by config.json"):
+        make_trainer(wider).load_checkpoint(path)
 
 
 def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Path) -> None:
@@ -215,9 +239,11 @@ def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Pat
     assert [one.version for one in complete(tmp_path)] == [0]
 
 
-def make_folders(folder: Path, *versions: int, lineage: int = 0, epoch: int = 1) -> None:
+def make_folders(
+    folder: Path, *versions: int, lineage: int = 0, epoch: int = 1, digest: str = "d", weights: str = ""
+) -> None:
     for version in versions:
-        state = State(version, "d", epoch, lineage, msgspec.Raw(b"{}"))
+        state = State(version, digest, weights or digest, epoch, lineage, msgspec.Raw(b"{}"))
         path = folder / state.name
         path.mkdir(parents=True)
         (path / "state.json").write_bytes(msgspec.json.encode(state))
