@@ -10,7 +10,7 @@ was never used before, which on most machines costs more than the copy; the floo
 | shm | open, verify every chunk | one reading pass of xxh3-128 |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket, sendfile and recv_into |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
-| delta | make the delta of a step, pull it, apply, verify | memcpy into new memory |
+| delta | pull what a step changed, apply, verify; making it is timed apart | memcpy into new memory |
 | gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece |
 | stock | flatten and broadcast over gloo, as SGLang itself is served | gloo broadcast |
 """
