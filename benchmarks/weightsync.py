@@ -10,7 +10,7 @@ was never used before, which on most machines costs more than the copy; the floo
 | shm | open, verify every chunk | one reading pass of xxh3-128 |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket, sendfile and recv_into |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
-| delta | make the delta of a step, pull it, apply, verify | memcpy into new memory |
+| delta | pull what a step changed, apply, verify; making it is timed apart | memcpy into new memory |
 | gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece |
 | stock | flatten and broadcast over gloo, as SGLang itself is served | gloo broadcast |
 """
@@ -91,7 +91,9 @@ def hold(mib: int, rounds: int) -> None:
     new = stepped(old)
     named = msgspec.structs.replace(Manifest.of(1, new), parent=before.digest)
     seconds = []
+    image, manifest = write_image(named, new)
     for _ in range(rounds):
+        image.close()
         began = time.perf_counter()
         image, manifest = write_image(named, new)
         seconds.append(time.perf_counter() - began)
@@ -114,7 +116,8 @@ def median_s(rounds: int, once: Callable[[], object]) -> float:
         began = time.perf_counter()
         kept = once()
         seconds.append(time.perf_counter() - began)
-        del kept
+        if isinstance(kept, Image):
+            kept.close()
     return statistics.median(seconds)
 
 
@@ -276,7 +279,11 @@ def speed(mib: str, seconds: float) -> float:
 def main() -> None:
     """Entry point."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--mib", default="96,1024", help="sizes in MiB (default: 96,1024)")
+    options.add_argument(
+        "--mib",
+        default="96,1024",
+        help="sizes in MiB (default: 96,1024); 6 of the largest must fit into memory",
+    )
     options.add_argument("--hold", help=argparse.SUPPRESS)
     options.add_argument("--receive", help=argparse.SUPPRESS)
     chosen = options.parse_args()

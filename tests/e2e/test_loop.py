@@ -168,7 +168,7 @@ def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_
             return json.loads(output(tmp_path, "status", "--json"))
 
         wait_until(lambda: "waiting" in (tmp_path / "actors.err").read_text(), 20, "actors to wait")
-        wait_until(lambda: "actor-0" in (tmp_path / "actors.err").read_text(), 60, "actors to find the run")
+        wait_until(lambda: "run zero" in (tmp_path / "actors.err").read_text(), 60, "actors to find the run")
         (tmp_path / "later").mkdir()
         later = launch(
             tmp_path / "later", "actors", "--redis", (tmp_path / "runs/redis/redis.url").read_text()
