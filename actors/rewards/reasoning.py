@@ -8,10 +8,14 @@ from functools import cache
 from typing import Any
 
 import msgspec
-import reasoning_gym as gym
-from reasoning_gym.utils import extract_answer
 
 from actors.errors import RewardError
+
+try:
+    import reasoning_gym as gym
+    from reasoning_gym.utils import extract_answer
+except ImportError as error:
+    raise ImportError(f"{error}; install the extra: slipstream[environments]") from error
 
 
 class Gold(msgspec.Struct, frozen=True):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from ast import literal_eval
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from actors.config import LimitsConfig
-from actors.errors import RewardError, SampleError
+from actors.errors import LoadError, RewardError, SampleError
+from actors.loading import find
 from actors.rewards.pool import RewardPool
 from actors.rollout import rollout
 from buffer.admission import Lease
@@ -18,10 +21,24 @@ from launch.cli import main
 from learner.rows import Example, load_rows
 from tests.unit.actors.scripted import Letters, ScriptedEngine, recipe, said
 
-gym = pytest.importorskip(
-    "reasoning_gym", reason="the extra `environments` is not installed: 44 MB, with a package to compile"
-)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+needs_gym = pytest.mark.skipif(
+    find_spec("reasoning_gym") is None,
+    reason="the extra `environments` is not installed: 44 MB, with a package to compile",
+)
+
+
+def test_without_the_extra_both_sides_say_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.delitem(sys.modules, "actors.rewards.reasoning", raising=False)
+    assert main(["data", "--reasoning-gym", "coin_flip", "--out", str(tmp_path)]) == 2
+    assert "install the extra: slipstream[environments]" in capsys.readouterr().err
+    with pytest.raises(
+        LoadError, match=r"rollout.reward: cannot load .*; install the extra: slipstream\[env"
+    ):
+        find("actors.rewards:reasoning_gym", "rollout.reward")
 
 
 def written(folder: Path, task: str, *more: str) -> list[Example]:
@@ -29,6 +46,7 @@ def written(folder: Path, task: str, *more: str) -> list[Example]:
     return load_rows(str(folder / "train.jsonl"), marker='"entry"')
 
 
+@needs_gym
 async def test_a_task_from_its_generator_to_the_rewards_of_a_group(tmp_path: Path) -> None:
     example = written(tmp_path, "basic_arithmetic", "--size", "10", "--seed", "1")[0]
     gold = literal_eval(json.loads(example.answer)["entry"])["answer"]
@@ -48,6 +66,7 @@ async def test_a_task_from_its_generator_to_the_rewards_of_a_group(tmp_path: Pat
     ]
 
 
+@needs_gym
 @pytest.mark.parametrize("task", ["rearc", "simple_equations", "sudoku", "letter_counting"])
 def test_gold_answers_score_one_though_written_down(task: str, tmp_path: Path) -> None:
     from actors.rewards import reasoning_gym
@@ -59,6 +78,7 @@ def test_gold_answers_score_one_though_written_down(task: str, tmp_path: Path) -
         assert reasoning_gym("none of it", example.answer, tag="")[0] < 1.0
 
 
+@needs_gym
 def test_a_scorer_without_an_answer_of_its_own_gets_keys_as_they_were(tmp_path: Path) -> None:
     from actors.rewards import reasoning_gym
 
@@ -86,6 +106,7 @@ def colour(puzzle: dict[str, list], colours: dict[int, int]) -> bool:
     return False
 
 
+@needs_gym
 def test_files_share_no_question_and_follow_the_seed(tmp_path: Path) -> None:
     def files(name: str, seed: str) -> list[str]:
         written(tmp_path / name, "coin_flip", "--size", "100", "--seed", seed)
@@ -99,6 +120,7 @@ def test_files_share_no_question_and_follow_the_seed(tmp_path: Path) -> None:
     assert files("c", "2") != first
 
 
+@needs_gym
 @pytest.mark.parametrize(
     ("task", "size", "said"),
     [
@@ -115,6 +137,7 @@ def test_what_cannot_be_written_is_named(
     assert said in capsys.readouterr().err
 
 
+@needs_gym
 @pytest.mark.parametrize(
     "answer", ["#### 7", '{"task": "ploughing", "entry": "{}"}', '{"task": "coin_flip", "entry": "f()"}']
 )
