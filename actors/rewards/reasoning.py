@@ -30,13 +30,17 @@ class Gold(msgspec.Struct, frozen=True):
 def reasoning_gym(text: str, answer: str, *, tag: str = "answer") -> tuple[float, dict[str, float]]:
     """What the task's `score_answer` gives the last ``<answer>...</answer>`` of the text, in [0, 1].
 
-    Without one the value is 0. An empty `tag` has the whole text scored. The parts are `score`, the
-    value, and `format`, whether there was something to score. Needs the extra `environments`. Raises
-    `RewardError` for a gold answer of another form or of an unknown task.
+    Without one the value is 0, and so it is when the scorer cannot read it, a ValueError. An empty `tag`
+    has the whole text scored. The parts are `score`, the value, and `format`, whether there was something
+    to score. Needs the extra `environments`. Raises `RewardError` for a gold answer of another form or
+    of an unknown task.
     """
     scored, entry = _gold(answer)
     given = extract_answer(text, tag) if tag else text.strip()
-    value = 0.0 if given is None else float(scored(given, entry))
+    try:
+        value = 0.0 if given is None else float(scored(given, entry))
+    except ValueError:
+        value = 0.0
     return value, {"score": value, "format": float(given is not None)}
 
 

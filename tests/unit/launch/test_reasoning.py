@@ -107,6 +107,15 @@ def colour(puzzle: dict[str, list], colours: dict[int, int]) -> bool:
 
 
 @needs_gym
+def test_an_answer_that_the_scorer_cannot_read_is_worth_nothing(tmp_path: Path) -> None:
+    from actors.rewards import reasoning_gym
+
+    example = written(tmp_path, "prime_factorization", "--size", "4")[0]
+    verdict = (0.0, {"score": 0.0, "format": 1.0})
+    assert reasoning_gym("<answer>no numbers</answer>", example.answer) == verdict
+
+
+@needs_gym
 def test_files_share_no_question_and_follow_the_seed(tmp_path: Path) -> None:
     def files(name: str, seed: str) -> list[str]:
         written(tmp_path / name, "coin_flip", "--size", "100", "--seed", seed)
