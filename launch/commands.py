@@ -162,9 +162,17 @@ def sft(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """Arithmetic questions in GSM8K's schema."""
+    """Arithmetic questions in GSM8K's schema, or those of a task of reasoning-gym."""
     from launch.arithmetic import write_arithmetic
+    from launch.reasoning import write_reasoning
 
+    if args.reasoning_gym:
+        size = 1000 if args.size is None else args.size
+        for path in write_reasoning(args.reasoning_gym, args.out, size=size, seed=args.seed):
+            print(path)
+        return 0
+    if args.size is not None:
+        raise LaunchError(f"--size: got {args.size} without --reasoning-gym, expected no such option")
     for path in write_arithmetic(args.out, seed=args.seed):
         print(path)
     return 0

@@ -17,9 +17,13 @@ __all__ = ["boxed", "brevity", "gsm8k", "math_exact", "multiple_choice", "overlo
 
 
 def __getattr__(name: str) -> Any:
-    """`math_verify`, imported when it is asked for: sympy takes long, and the package is an extra."""
+    """`math_verify` and `reasoning_gym`, imported when asked for: extras, slow to import."""
     if name == "math_verify":
         from actors.rewards.verify import math_verify
 
         return math_verify
+    if name == "reasoning_gym":
+        from actors.rewards.reasoning import reasoning_gym
+
+        return reasoning_gym
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

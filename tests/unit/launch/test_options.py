@@ -20,7 +20,7 @@ OPTIONS = {
     "redis-users": ["--run", "--redis"],
     "doctor": ["--run", "--json", "--redis"],
     "sft": [*RUN, "--out"],
-    "data": ["--out", "--seed"],
+    "data": ["--out", "--seed", "--reasoning-gym", "--size"],
     "model": ["--out", "--family", "--seed"],
     "convert": ["--like", "--out"],
     "status": ["--run", "--redis", "--json"],
@@ -72,6 +72,7 @@ def test_the_options_are_these() -> None:
             "--like: got c, expected no such option",
         ),
         (["demo", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
+        (["data", "--out", "d", "--size", "5"], "--size: got 5 without --reasoning-gym, expected no such"),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )
