@@ -111,7 +111,7 @@ class Learner:
                 record.rewind(trainer.version)
             else:
                 trainer = self._version_0(tokenizer, record, session)
-            self._stream.redis.set(self._stream.key("environment"), msgspec.json.encode(environment()))
+            self._put("environment", msgspec.json.encode(environment()))
             with ExitStack() as stack:
                 checkpoints = self._checkpoints(session, saved=trainer.version)
                 loop = Loop(
@@ -128,7 +128,7 @@ class Learner:
                 )
                 manifest = loop.run()
                 self._report(self._finish(trainer, tokenizer, manifest))
-                reason = "stopped" if self._stream.redis.exists(self._stream.key("stop")) else "done"
+                reason = "stopped" if self._asked_to_stop() else "done"
                 session.leave(reason)
         self._dismiss()
 
@@ -136,10 +136,19 @@ class Learner:
         """Creates the run, or takes it over, and puts there what actors need."""
         stream = self._stream
         session, found = join(stream, Rules.of(self._settings.stream), self._folder / "checkpoints")
-        stream.redis.sadd(RUNS, self._settings.name)
-        stream.redis.hset(stream.key("files"), mapping=model_files(Path(self._settings.model.path)))
-        stream.redis.set(stream.key("config"), self._config)
+        files = model_files(Path(self._settings.model.path))
+        stream.patiently(lambda: stream.redis.sadd(RUNS, self._settings.name))
+        stream.patiently(lambda: stream.redis.hset(stream.key("files"), mapping=files))
+        self._put("config", self._config)
         return session, found
+
+    def _put(self, name: str, value: bytes | str) -> None:
+        """Sets a key of the run, however long Redis takes."""
+        self._stream.patiently(lambda: self._stream.redis.set(self._stream.key(name), value))
+
+    def _asked_to_stop(self) -> bool:
+        """Whether somebody asked for the run's end."""
+        return bool(self._stream.patiently(lambda: self._stream.redis.exists(self._stream.key("stop"))))
 
     def _trainer(self, folder: Path) -> Leader:
         from learner.ranks import Leader, Ranks  # brings torch and Megatron-Core: after all cheap checks
@@ -200,7 +209,7 @@ class Learner:
     def _pass_on_stop(self) -> None:
         """A signal becomes the run's stop, which actors see, too."""
         if self._stopping:
-            self._stream.redis.set(self._stream.key("stop"), "signal")
+            self._put("stop", "signal")
 
     def _warm_up(
         self, trainer: Leader, tokenizer: Tokenizer, record: RunRecord, session: Session
@@ -210,7 +219,7 @@ class Learner:
         def show(progress: SftProgress) -> None:
             record.progress({"sft_steps": progress.steps, "sft_accuracy": f"{progress.accuracy:.3f}"})
             log.info("warm-up: %d steps, accuracy %.3f", progress.steps, progress.accuracy)
-            if self._stopping or self._stream.redis.exists(self._stream.key("stop")):
+            if self._stopping or self._asked_to_stop():
                 session.leave("stopped")
                 self._dismiss()
                 raise Stopped

@@ -20,7 +20,8 @@ def ask_scores(
     `epoch` is the actor's, as its record says. Answers to earlier requests are passed over.
     """
     request = Score(epoch, secrets.token_hex(8), [list(tokens) for tokens in sequences])
-    stream.redis.rpush(stream.key(f"mail:{actor}"), encode_request(request))
+    # Should a lost reply have it asked twice, the second answer is passed over.
+    stream.patiently(lambda: stream.redis.rpush(stream.key(f"mail:{actor}"), encode_request(request)))
     while (left := deadline - time.monotonic()) > 0:
         mail = stream.take(stream.key(f"scores:{actor}"), min(1.0, max(0.1, left)))
         if mail is not None:
