@@ -118,8 +118,9 @@ def test_two_nodes_that_were_killed_go_on_to_the_same_bits(folder: Path) -> None
         "--nodes",
         "2",
         "checkpoint.every=4",
-        "checkpoint.keep_last=5",
+        "checkpoint.keep_last=20",
         *SETTINGS,
+        "stream.max_steps=40",
     ]
     run = folder / "runs/cut"
     with (
@@ -127,20 +128,20 @@ def test_two_nodes_that_were_killed_go_on_to_the_same_bits(folder: Path) -> None
         scripted_actor(folder, server.url, "cut", group_s=0.4),
     ):
         process = launch(folder, *command, "--redis", server.url)
-        wait_until(lambda: (run / "metrics.jsonl").exists(), 60, "the learner's start")
-        wait_until(lambda: len(metrics_of(run)) >= 6, 60, "six steps", pause=0.02)
+        checkpoints = run / "checkpoints"
+        wait_until(lambda: list(checkpoints.glob("step-*")), 60, "a checkpoint", pause=0.02)
         os.kill(rank_pid(folder, 0), signal.SIGKILL)
         assert process.wait(60) == 2
-        first = run / "checkpoints/step-00000004-1"
+        first = min(checkpoints.glob("step-*"))
         pieces = {path.name for path in first.glob("*.distcp")}
         done = finish(folder, *command, "--redis", server.url)
     assert done.returncode == 0, done.stderr
     assert pieces == {"__0_0.distcp", "__1_0.distcp", "common_0.distcp"}
-    assert [step["step"] for step in metrics_of(run)] == list(range(STEPS))
+    assert [step["step"] for step in metrics_of(run)] == list(range(40))
     said = (run / "logs/learner.log").read_text()
-    again = re.search(r"going on from the checkpoint of version 4: (\d+) steps are trained again", said)
+    again = re.search(r"going on from the checkpoint of version \d+: (\d+) steps are trained again", said)
     assert again
-    assert int(again[1]) >= 2
+    assert int(again[1]) >= 1
     assert " again, it was " not in said
 
 
