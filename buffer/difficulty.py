@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from buffer.client import AsyncStream, Stream
-from buffer.connect import LOST
+from buffer.connect import LOST, translate
+from buffer.errors import RedisFull
+from buffer.rights import user_of
 
 
 class Difficulty(msgspec.Struct):
@@ -33,7 +36,10 @@ class Difficulty(msgspec.Struct):
 async def note(
     stream: AsyncStream, row: int, rewards: Sequence[float], *, solved: float, failed: float
 ) -> None:
-    """Counts a scored group of the question `row`."""
+    """Counts a scored group of the question `row`, unless Redis is away or full.
+
+    Raises `StreamError` for a server that refuses it, such as `RightMissing`.
+    """
     name = stream.key("difficulty")
     async with stream.redis.pipeline(transaction=False) as pipe:
         pipe.hincrby(name, f"{row}:asked", 1)
@@ -46,6 +52,10 @@ async def note(
             await pipe.execute()
         except LOST:
             stream.lost += 1
+        except ResponseError as error:
+            problem = translate(error, user_of(stream.redis))
+            if not isinstance(problem, RedisFull):
+                raise problem from error
 
 
 def difficulties(stream: Stream) -> dict[int, Difficulty]:

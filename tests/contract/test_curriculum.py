@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from buffer.client import AsyncStream, Stream
 from buffer.difficulty import Difficulty, difficulties, note
+from buffer.errors import StreamError
 from buffer.local_server import LocalServer
 from buffer.schema import Prompt
 from learner.curriculum import Curriculum
@@ -17,9 +20,11 @@ PROMPTS = [Prompt(row, [row], "#### 1") for row in range(6)]
 async def tell(server: LocalServer, run: str, *groups: tuple[int, list[float]]) -> None:
     """What actors say of scored groups: (row, rewards)."""
     stream = AsyncStream.connect(server.socket_url, run)
-    for row, rewards in groups:
-        await note(stream, row, rewards, solved=1.0, failed=0.0)
-    await stream.close()
+    try:
+        for row, rewards in groups:
+            await note(stream, row, rewards, solved=1.0, failed=0.0)
+    finally:
+        await stream.close()
 
 
 def rows(order: Curriculum, positions: range) -> list[int | None]:
@@ -31,6 +36,26 @@ async def test_groups_are_counted_by_what_they_came_to(redis_server: LocalServer
     groups = [(3, [1.0, 1.0]), (3, [1.0, 0.0]), (3, [0.0, 0.0]), (3, [1.5, 1.0]), (5, [-1.0, 0.0])]
     await tell(redis_server, stream.run, *groups)
     assert difficulties(stream) == {3: Difficulty(4, 2, 1, 0.6875), 5: Difficulty(1, 0, 1, -0.5)}
+
+
+async def test_a_redis_that_is_full_loses_a_count_and_no_group(tmp_path: Path) -> None:
+    with LocalServer.start(tmp_path) as server:
+        stream = Stream.connect(server.socket_url, "full")
+        await tell(server, "full", (3, [1.0]))
+        stream.redis.config_set("maxmemory", "1")
+        await tell(server, "full", (3, [1.0]))
+        stream.redis.config_set("maxmemory", "0")
+        assert difficulties(stream) == {3: Difficulty(1, 1, 0, 1.0)}
+        stream.close()
+
+
+async def test_a_refusal_of_a_count_is_named(tmp_path: Path) -> None:
+    with LocalServer.start(tmp_path) as server:
+        stream = Stream.connect(server.socket_url, "refused")
+        stream.redis.set(stream.key("difficulty"), "no hash")
+        with pytest.raises(StreamError, match="WRONGTYPE"):
+            await tell(server, "refused", (3, [1.0]))
+        stream.close()
 
 
 def test_a_run_that_nobody_asked_knows_nothing(stream: Stream) -> None:
