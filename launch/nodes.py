@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from buffer.local_server import free_port
 from launch.errors import LaunchError
 
 
@@ -52,7 +52,7 @@ class Nodes:
         learner of one process."""
         if self.count * self.per_node == 1:
             return [{}]
-        host, _, port = (self.meet or f"127.0.0.1:{_free_port()}").rpartition(":")
+        host, _, port = (self.meet or f"127.0.0.1:{free_port()}").rpartition(":")
         first = 0 if self.node is None else self.node
         last = self.count if self.node is None else self.node + 1
         shared = {
@@ -73,8 +73,3 @@ class Nodes:
     def leads(self) -> bool:
         """Whether rank 0 is on this machine."""
         return not self.node
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
