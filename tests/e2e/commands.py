@@ -73,20 +73,18 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def worker_pid(actor: str, folder: Path) -> int:
-    """The pid of an actor's worker process."""
+def worker_pid(folder: Path, *arguments: str, variable: str = "") -> int:
+    """The pid of a worker that works in `folder`: the one with these `arguments`, such as `learner.worker`,
+    and, if one is given, with this `NAME=value` in its environment."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             argv = (process / "cmdline").read_bytes().decode().split("\0")
-            if (
-                "actors.worker" in argv
-                and actor in argv
-                and (process / "cwd").resolve().is_relative_to(folder)
-            ):
+            mine = {*arguments} <= {*argv} and (process / "cwd").resolve().is_relative_to(folder)
+            if mine and (not variable or variable in (process / "environ").read_text().split("\0")):
                 return int(process.name)
         except OSError:
             continue
-    raise AssertionError(f"no process of {actor}")
+    raise AssertionError(f"no process of {' '.join(arguments)} {variable}")
 
 
 def sockets() -> set[str]:

@@ -176,7 +176,7 @@ def test_learning_rate_zero_keeps_every_ratio_at_one_and_the_parts_start_in_any_
         processes.append(later)
         wait_until(lambda: status()["step"] >= 2, 120, "two steps")
         victim = next(a["name"] for a in status()["actors"] if a["state"] == "running")
-        os.kill(worker_pid(victim, tmp_path), signal.SIGKILL)
+        os.kill(worker_pid(tmp_path, "actors.worker", victim), signal.SIGKILL)
         assert learner.wait(180) == 0, (tmp_path / "learner.err").read_text()
         summary = summary_of(tmp_path, "learner")
     finally:

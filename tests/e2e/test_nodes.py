@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from buffer.local_server import LocalServer
-from tests.e2e.commands import finish, launch, metrics_of, output
+from tests.e2e.commands import finish, launch, metrics_of, output, worker_pid
 from tests.faults.actor import ActorSettings
 from tests.waiting import wait_until
 
@@ -75,20 +75,6 @@ def train(folder: Path, url: str, run: str, *options: str) -> dict[str, np.ndarr
     return load_file(folder / "runs" / run / "export/model.safetensors")
 
 
-def rank_pid(folder: Path, rank: int) -> int:
-    """The pid of a learner's rank that works in `folder`."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            mine = (process / "cwd").resolve() == folder and b"learner.worker" in (
-                process / "cmdline"
-            ).read_bytes()
-            if mine and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                return int(process.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no rank {rank}")
-
-
 def test_two_nodes_train_what_one_does(folder: Path) -> None:
     """As two copies of the model that share the batch, and as one that shares its matrices."""
     with LocalServer.start(folder / "redis") as server:
@@ -130,7 +116,7 @@ def test_two_nodes_that_were_killed_go_on_to_the_same_bits(folder: Path) -> None
         process = launch(folder, *command, "--redis", server.url)
         checkpoints = run / "checkpoints"
         wait_until(lambda: list(checkpoints.glob("step-*")), 60, "a checkpoint", pause=0.02)
-        os.kill(rank_pid(folder, 0), signal.SIGKILL)
+        os.kill(worker_pid(folder, "learner.worker", variable="RANK=0"), signal.SIGKILL)
         assert process.wait(60) == 2
         first = min(checkpoints.glob("step-*"))
         pieces = {path.name for path in first.glob("*.distcp")}
@@ -151,7 +137,7 @@ def test_a_rank_that_dies_ends_the_learner_by_name(folder: Path) -> None:
         process = launch(folder, "learner", *options, *SETTINGS)
         metrics = folder / "runs/dies/metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.stat().st_size, 60, "training")
-        pid = rank_pid(folder, 1)
+        pid = worker_pid(folder, "learner.worker", variable="RANK=1")
         os.kill(pid, signal.SIGKILL)
         assert process.wait(60) == 2
         assert "learner-1: it was killed" in (folder / "learner.err").read_text()

@@ -10,20 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.commands import launch, metrics_of, output, processes_in, summary_of
+from tests.e2e.commands import launch, metrics_of, output, processes_in, summary_of, worker_pid
 from tests.waiting import wait_until
-
-
-def learner_pid(folder: Path) -> int:
-    """The pid of the learner's worker process."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            argv = (process / "cmdline").read_bytes().split(b"\0")
-            if b"learner.worker" in argv and (process / "cwd").resolve().is_relative_to(folder):
-                return int(process.name)
-        except OSError:
-            continue
-    raise AssertionError("no learner")
 
 
 @pytest.mark.accept
@@ -46,7 +34,7 @@ def test_a_learner_that_is_killed_goes_on_with_the_same_actors(tmp_path: Path) -
 
         wait_until(lambda: (tmp_path / "runs/again/metrics.jsonl").exists(), 60, "the learner to start")
         wait_until(lambda: status()["step"] >= 10, 150, "ten steps")
-        os.kill(learner_pid(tmp_path), signal.SIGKILL)
+        os.kill(worker_pid(tmp_path, "learner.worker"), signal.SIGKILL)
         assert first.wait(60) == 2
         before = metrics_of(tmp_path / "runs/again")
         second = launch(tmp_path, "learner", "--json", *command)
