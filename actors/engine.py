@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from actors.answers import Answer, Loads, end_tokens
+from actors.answers import Answer, Loads, end_tokens, expert_layers, routed_experts
 from actors.concurrency import Load
 from actors.config import EngineConfig, SamplingConfig
 from actors.continuation import Ask, Completion, Part, complete
@@ -60,9 +60,16 @@ class Engine:
     """A running server with its HTTP client. Made by `start`; ended by `stop` or `kill`."""
 
     def __init__(
-        self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str], ends: frozenset[int]
+        self,
+        server: Server,
+        config: EngineConfig,
+        url: str,
+        keys: tuple[str, str],
+        ends: frozenset[int],
+        experts: tuple[int, int] | None = None,
     ) -> None:
-        """Use `start`. `ends`: the model's end-of-sequence tokens."""
+        """Use `start`. `ends`: the model's end-of-sequence tokens; `experts`: L and k, if returned."""
+        self._experts = experts
         self._server, self._config, self._keys, self._ends = server, config, keys, ends
         self.gate = Gate()
         """Where requests wait while new weights go in."""
@@ -80,6 +87,7 @@ class Engine:
         seed: int,
         log: Path,
         load_format: Literal["dummy", "auto"] = "dummy",
+        routed: bool = False,
     ) -> Engine:
         """Start a server on a free port of the loopback and wait until it answers.
 
@@ -90,6 +98,7 @@ class Engine:
             seed: the server's own random seed; answers depend on the seeds of `generate` alone.
             log: file for the server's output, replaced.
             load_format: `dummy` fills in random weights, `auto` reads the folder's safetensors.
+            routed: return with every answer the experts that its tokens were sent to.
 
         Raises `EngineError` with what the log says last; nothing of the server is left then.
         """
@@ -98,9 +107,12 @@ class Engine:
                 f"engine {name}: no config.json in {model}, expected a Hugging Face model folder"
             )
         port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
-        arguments = command(model, config, port=port, seed=seed, load_format=load_format, keys=keys)
+        experts = expert_layers(model) if routed else None
+        arguments = command(
+            model, config, port=port, seed=seed, load_format=load_format, keys=keys, routed=routed
+        )
         server = await Server.start(name, log, arguments, environment(config))
-        engine = cls(server, config, f"http://127.0.0.1:{port}", keys, end_tokens(model))
+        engine = cls(server, config, f"http://127.0.0.1:{port}", keys, end_tokens(model), experts)
         try:
             await engine._ready()
         except BaseException:
@@ -138,8 +150,9 @@ class Engine:
                 }
                 for ask in asks
             ]
-            answers = await self._generate([ask.context for ask in asks], parameters)
-            return [self._part(answer) for answer in answers]
+            options = {"return_routed_experts": True} if self._experts else {}
+            answers = await self._generate([ask.context for ask in asks], parameters, **options)
+            return [self._part(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
 
         return await complete(generate, prompt, seeds, sampling, self._ends)
 
@@ -312,7 +325,7 @@ class Engine:
             )
         return answers
 
-    def _part(self, answer: Answer) -> Part:
+    def _part(self, ask: Ask, answer: Answer) -> Part:
         """The answer as a part of a completion, after checking that it is whole."""
         meta = answer.meta_info
         reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
@@ -322,7 +335,14 @@ class Engine:
                 f"engine {self._server.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        return Part(answer.output_ids, values, reason, meta.weight_version)
+        routed = None
+        if self._experts and answer.output_ids:
+            tokens = len(ask.context) + len(answer.output_ids)
+            try:
+                routed = routed_experts(meta.routed_experts, self._experts, tokens)
+            except ValueError as error:
+                raise EngineError(f"engine {self._server.name}: /generate: {error}") from error
+        return Part(answer.output_ids, values, reason, meta.weight_version, routed)
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
         """POST with the admin key where the path asks for it."""
