@@ -63,8 +63,9 @@ def train(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Figures of a step and what the model scores before it, and what else a trainer can do if `all_calls`;
     tensors on rank 0."""
-    kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
-    objective = msgspec.structs.replace(objective, kl=kl)
+    if objective.kl.coefficient:
+        kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
+        objective = msgspec.structs.replace(objective, kl=kl)
     model = ModelConfig(
         path=str(folder),
         micro_batch_tokens=48,
