@@ -236,7 +236,7 @@ class Stopwatch:
         yield
         self._parts[part] += time.perf_counter() - began
 
-    def seconds(self) -> Metrics:
+    def seconds(self) -> dict[str, float]:
         """The whole time since construction, and that of each part."""
         whole = time.perf_counter() - self._began
         return {"seconds": whole, **{f"seconds_{part}": spent for part, spent in self._parts.items()}}

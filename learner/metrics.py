@@ -84,6 +84,12 @@ METRICS = (
     Metric("seconds_forward", "s", "forward passes with gradient"),
     Metric("seconds_backward", "s", "backward passes, gradients summed over ranks"),
     Metric("seconds_update", "s", "gradient clipping and optimizer"),
+    Metric(
+        "tflops",
+        "TFLOP/s",
+        "of a rank: the model's FLOPs for what was trained, over `seconds`; see `learner.flops`",
+    ),
+    Metric("mfu", "share", "tflops over what the GPU can do at its best; null without a GPU that is known"),
     Metric("seconds_wait", "s", "without a batch to train"),
     Metric("seconds_fetch", "s", "reading, decoding and packing the batch, while the step before trained"),
     Metric("seconds_publish", "s", "export, digest and commit of the new version, and the next"),

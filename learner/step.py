@@ -34,6 +34,7 @@ from learner.errors import BatchError, CheckpointError, ConfigError
 from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
+from learner.mfu import Utilisation
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, with_advantages
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, of_logprobs, score, target_logprobs
@@ -127,6 +128,7 @@ class Trainer:
         )
         self._alone = parallel_state.get_data_parallel_world_size() == 1
         self._cost = None if self._alone and parallel.pipeline == 1 else cost_of(self._shape)
+        self._utilisation = Utilisation.of(model, self._shape)
         self._preparation = Preparation(objective, self._shape, self._pack, alone=self._alone)
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
@@ -160,6 +162,7 @@ class Trainer:
         minis = self._mini_batches(groups, step, watch, tally)
         lr = learning_rate(self._schedule, step)
         norms = [self._train(mini, step, lr, watch, tally) for mini in minis]
+        tally.add("flops", sum(self._utilisation.flops(part.batch) for mini in minis for part in mini.packed))
         self.version += 1
         done = [norm for norm in norms if norm is not None]
         total = tally.merged(merge_over_ranks, max_over_ranks)
@@ -171,7 +174,8 @@ class Trainer:
             "grad_norm": max(done, key=lambda norm: (not math.isfinite(norm), norm), default=None),
             "skipped": float(len(norms) - sum(map(math.isfinite, done))),
             "micro_batches": float(sum(len(mini.packed) for mini in minis)),
-            **watch.seconds(),
+            **(seconds := watch.seconds()),
+            **self._utilisation.figures(total["flops"], seconds["seconds"]),
         }
         self._watch.see(step, metrics)
         return metrics

@@ -79,7 +79,9 @@ def train(
     metrics = trainer.train_step(share(batch(trainer, objective)), 0)
     tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
     steady = {
-        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith(("seconds", "tflops", "micro_batches"))
     }
     rest = other_calls(trainer) if all_calls else {}
     return {"metrics": steady, "scores": scores, **rest}, tensors
