@@ -327,7 +327,7 @@ def test_every_figure_stands_in_the_table(make_checkpoint: Callable) -> None:
     config = ObjectiveConfig(correction="vtrace", kl=KlConfig(coefficient=0.1), mini_batches=2)
     metrics = trainer_with(folder, config).train_step(groups, 0)
     assert [name for name in metrics if row_of(name) is None] == []
-    assert [name for name, value in metrics.items() if value is None] == []
+    assert [name for name, value in metrics.items() if value is None] == ["mfu"], "it takes a GPU"
     assert {"reward/format", "kl_k3/0", "first_weight"} <= set(metrics)
     assert msgspec.json.encode(metrics)
 
