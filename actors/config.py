@@ -9,12 +9,11 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
-BROKEN_PAUSES = {
-    "in_place": "answers would go on from caches of the old weights, and SGLang 0.5.18 does not say from "
-    "which token on, so that their log-probabilities could not be told apart",
-    "retract": "SGLang 0.5.18 cannot flush its cache in that state: the update ends the server",
-}
-"""Ways of SGLang's to pause that are wrong with the version of it that is used, and why."""
+IN_PLACE = (
+    "answers would go on from caches of the old weights, and no record could say so: their tokens are of "
+    "neither version"
+)
+"""Why one of SGLang's ways to pause is not taken."""
 
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 """The values of the sampling filters that leave the model's distribution as it is."""
@@ -39,8 +38,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds for the samples of one prompt, waiting in the server included."""
     pause: Literal["abort", "finish", "in_place", "retract"] = "abort"
     """What becomes of samples under way when a new version comes. `abort`: they are ended, keep their
-    tokens, and go on under the new one; `finish`: they are finished first. `in_place` and `retract`, which
-    SGLang has, too, are refused, with the reason."""
+    tokens, and go on under the new one; `finish`: they are finished first; `retract`: the server puts them
+    back into its queue and goes on by itself, which takes SGLang 0.5.21. `in_place`, which SGLang has, too,
+    is refused, with the reason."""
     update_timeout_s: Positive = 60.0
     """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
@@ -49,8 +49,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
 
     def __post_init__(self) -> None:
         """Refuse pauses that would falsify records. Raises `ValueError`; msgspec adds the path."""
-        if self.pause in BROKEN_PAUSES:
-            raise ValueError(f"pause: got {self.pause!r}: {BROKEN_PAUSES[self.pause]}; set abort or finish")
+        if self.pause == "in_place":
+            raise ValueError(f"pause: got 'in_place': {IN_PLACE}; set abort, finish or retract")
 
 
 class SamplingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

@@ -51,8 +51,8 @@ class Part(msgspec.Struct, frozen=True):
     logprobs: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     """`abort`: ended before its time, to be continued."""
-    label: str
-    """Of the version that the engine served."""
+    labels: list[tuple[int, str]]
+    """As in `Completion`."""
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -109,8 +109,8 @@ class _Draft:
     def add(self, part: Part) -> None:
         self._tokens += part.tokens
         self._logprobs += part.logprobs
-        if part.tokens:
-            self._label(len(part.tokens), part.label)
+        for length, label in part.labels:
+            self._label(length, label)
         if part.finish_reason != "abort":
             self.finish_reason = part.finish_reason
         elif part.tokens and part.tokens[-1] in self._ends:
@@ -132,4 +132,5 @@ class _Draft:
     def _label(self, length: int, label: str) -> None:
         if self._labels and self._labels[-1][1] == label:
             length += self._labels.pop()[0]
-        self._labels.append((length, label))
+        if length:
+            self._labels.append((length, label))

@@ -13,6 +13,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class Engine:
         self._server, self._config, self._keys, self._ends = server, config, keys, ends
         self.gate = Gate()
         """Where requests wait while new weights go in."""
-        self._label, self._ticket = "", 0
+        self._label, self._ticket, self._brackets = "", 0, False
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._http = aiohttp.ClientSession(url, connector=connector)
 
@@ -163,7 +164,7 @@ class Engine:
             ranks = msgspec.json.decode(content, type=Loads).loads
         except msgspec.DecodeError as error:
             raise EngineError(
-                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
+                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18 to 0.5.23?"
             ) from error
         return Load(
             sum(rank.num_running_reqs for rank in ranks),
@@ -199,10 +200,9 @@ class Engine:
             "group_name": group,
             "load_format": "flattened_bucket",
             "weight_version": manifest.label,
-            "flush_cache": False,
         }
         async with self.idle():
-            await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+            await self._update("/update_weights_from_distributed", body)
             self._label = manifest.label
 
     async def load_weights(self, held: Held, *, check: bool) -> Loaded:
@@ -224,10 +224,14 @@ class Engine:
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
-        """Nothing is generated within the block: samples under way are ended, or finished, before it.
+        """Nothing is generated within the block: samples under way are ended, finished or put back before it.
 
-        Ended ones keep their tokens, and go on by themselves after it.
+        Those not finished keep their tokens, and go on by themselves after it.
         """
+        if self._config.pause == "retract":
+            async with self.gate.shut(), self._retracted():
+                yield
+            return
         end = self._abort if self._config.pause == "abort" else None
         async with self.gate.closed(end, self._config.update_timeout_s):
             yield
@@ -261,10 +265,8 @@ class Engine:
         body = {
             "serialized_named_tensors": [_NOTHING] * count,
             "load_format": LOADER,
-            # Prefixes are cached under the version's name; a flush that finds a request ends the server.
-            "flush_cache": False,
         }
-        await self._post("/update_weights_from_tensor", body, self._config.update_timeout_s)
+        await self._update("/update_weights_from_tensor", body)
         found = reports(self._server.folder, ticket.number)
         problems = [report.problem for report in found if report.problem]
         if len(found) == count and not problems:
@@ -281,6 +283,45 @@ class Engine:
             if self.returncode is not None or asyncio.get_running_loop().time() > deadline:
                 raise self._server.failure()
             await asyncio.sleep(POLL_S)
+        self._brackets = await self._knows("/begin_weight_update")
+        if self._config.pause == "retract" and not self._brackets:
+            raise EngineError(
+                f"engine {self._server.name}: engine.pause: got 'retract', and this SGLang ends when it "
+                "is to flush its cache then; set abort or finish, or use SGLang 0.5.21 or later"
+            )
+
+    async def _knows(self, path: str) -> bool:
+        """Whether the server has a path that takes POST alone."""
+        headers = {"Authorization": f"Bearer {self._keys[0]}"}
+        try:
+            async with self._http.get(path, headers=headers) as answer:
+                return answer.status == HTTPStatus.METHOD_NOT_ALLOWED
+        except aiohttp.ClientError as error:
+            raise self._server.failure() from error
+
+    async def _update(self, path: str, body: dict[str, Any]) -> None:
+        """Have the server change its weights, between a beginning and an end where it wants them said."""
+        timeout_s = self._config.update_timeout_s
+        # Prefixes are cached under the version's name, so that a flush is wanted only where requests that
+        # have begun under another name are still there; where some are running it ends the server.
+        body["flush_cache"] = self._config.pause == "retract"
+        if self._brackets:
+            await self._post("/begin_weight_update", {}, timeout_s)
+        await self._post(path, body, timeout_s)
+        if self._brackets:
+            await self._post("/end_weight_update", {}, timeout_s)
+
+    @asynccontextmanager
+    async def _retracted(self) -> AsyncIterator[None]:
+        """Every request is back in the server's queue within the block, with its tokens and no state."""
+        timeout_s = self._config.update_timeout_s
+        await self._post("/pause_generation", {"mode": "retract"}, timeout_s)
+        try:
+            yield
+        except Untouched:
+            await self._post("/continue_generation", {}, timeout_s)
+            raise
+        await self._post("/continue_generation", {}, timeout_s)
 
     async def _abort(self) -> None:
         """End every request; each is answered with its tokens so far."""
@@ -304,7 +345,7 @@ class Engine:
             answers = msgspec.json.decode(content, type=list[Answer])
         except msgspec.DecodeError as error:
             raise EngineError(
-                f"engine {self._server.name}: /generate: {error}; is it SGLang 0.5.18?"
+                f"engine {self._server.name}: /generate: {error}; is it SGLang 0.5.18 to 0.5.23?"
             ) from error
         if len(answers) != len(prompts):
             raise EngineError(
@@ -322,7 +363,7 @@ class Engine:
                 f"engine {self._server.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        return Part(answer.output_ids, values, reason, meta.weight_version)
+        return Part(answer.output_ids, values, reason, answer.labels())
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
         """POST with the admin key where the path asks for it."""
