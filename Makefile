@@ -52,7 +52,7 @@ $(VENV)/sglang-$(SGLANG): $(READY)
 	$(PIP) install --quiet --no-deps --target $@ sglang==$(SGLANG)
 
 test-sglang: $(VENV)/sglang-$(SGLANG)
-	PYTHONPATH=$< $(VENV)/bin/python -m pytest tests/e2e/test_engine.py tests/e2e/test_engine_families.py \
+	PYTHONPATH=$(abspath $<) $(VENV)/bin/python -m pytest tests/e2e/test_engine.py tests/e2e/test_engine_families.py \
 		tests/e2e/test_continuation.py tests/e2e/test_weights.py $(ARGS)
 
 faults: $(READY)
