@@ -215,7 +215,10 @@ class EvaluationConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     """How well a version answers, measured beside training, see docs/evaluation.md."""
 
     every: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Versions that are multiples of this are evaluated while the run goes on; 0: none."""
+    """Versions that are multiples of this, 0 among them, are evaluated while the run goes on; 0: none."""
+    start: bool = True
+    """`launch demo` and `launch learner` start the evaluator beside the learner; false: `launch eval --watch`
+    is started by hand, such as on a GPU of its own."""
     data: str = ""
     """Questions, as `data.path`; empty: `data.held_out`, else the training questions."""
     questions: Annotated[int, msgspec.Meta(ge=0)] = 0

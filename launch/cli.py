@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="FOLDER | section.field=value",
-        help="a Hugging Face folder, such as runs/NAME/export or runs/NAME/weights/20; settings",
+        help="a folder, such as runs/NAME/export, runs/NAME/weights/20 or a checkpoint; settings",
     )
     evaluate.add_argument(
         "--config", type=Path, action="append", default=[], metavar="FILE", help="TOML file; later ones win"

@@ -12,9 +12,10 @@ from buffer.client import Stream
 from buffer.connect import connect
 from launch.config import load
 from launch.errors import LaunchError
-from launch.evaluation import Evaluation, evaluate_folder, render, run_config_of
+from launch.evaluation import Evaluation, evaluate_folder, render
 from launch.evaluator import Evaluator
 from launch.local import Interrupt, Progress, await_run, run_folder
+from launch.subject import run_config_of
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -22,8 +23,11 @@ def evaluate(args: argparse.Namespace) -> int:
     folders = [Path(word) for word in args.overrides if "=" not in word]
     if len(folders) != 1:
         raise LaunchError(f"eval: got {len(folders)} folders, expected one, or --watch")
-    if args.run:
-        raise LaunchError("--run: got one without --watch; name a folder of the run, such as its export/")
+    for option, given in (("--run", args.run), ("--redis", args.redis)):
+        if given:
+            raise LaunchError(
+                f"{option}: got one without --watch; name a folder of the run, such as its export/"
+            )
     config = load(args.config, _overrides(args), run_config_of(folders[0]))
     progress, interrupt = Progress(), Interrupt()
     try:

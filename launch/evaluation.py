@@ -1,4 +1,4 @@
-"""`launch eval`: how well a Hugging Face folder answers, by an SGLang engine of its own.
+"""How well the weights in a folder answer, by an SGLang engine of its own.
 
 The engine loads the folder once and gets no other weights, so every answer is that version's.
 """
@@ -9,9 +9,9 @@ import asyncio
 import collections
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _LOOK_S = 0.2
 _BAR = 24
 """Characters of the progress bar."""
-_PARENTS = 3
-"""So many folders up a run's `config.json` is looked for."""
 
 Show = Callable[[str], None]
 
@@ -38,8 +36,9 @@ class Evaluation(Figures, frozen=True, kw_only=True):
     model: str
     """The folder."""
     version: int | None
-    """Of the run; null if the folder is no kept version."""
+    """Of the run; null if the folder is neither a kept version nor a checkpoint of a run."""
     digest: str
+    """Of the version; empty if there is none."""
     lineage: int | None
     data: str
     threshold: float
@@ -50,17 +49,7 @@ class Evaluation(Figures, frozen=True, kw_only=True):
     time: float
     """When it began, seconds since 1970."""
     seconds: float
-    """Start of the engine included."""
-
-
-def run_config_of(folder: Path) -> dict[str, Any]:
-    """The configuration of the run whose folder holds `folder`; without one, one that names nothing."""
-    for parent in list(folder.resolve().parents)[:_PARENTS]:
-        if (parent / "config.json").is_file():
-            tree: dict[str, Any] = msgspec.json.decode((parent / "config.json").read_bytes())
-            if {"rollout", "stream", "data"} <= tree.keys():
-                return tree
-    return {"model": {"path": ""}, "data": {"path": ""}}
+    """It took, start of the engine included."""
 
 
 def evaluate_folder(
@@ -79,26 +68,23 @@ def evaluate_folder(
     cannot be evaluated, `EngineError` if the engine fails.
     """
     from actors.errors import LoadError
+    from actors.evaluation import figures
+    from launch.subject import subject
     from learner.errors import LearnerError
-    from learner.kept import read_kept
 
-    _check(folder)
-    began, clock = time.time(), time.monotonic()
+    began, clock, settings = time.time(), time.monotonic(), config.evaluation
     try:
-        prompts, data = questions(config, folder)
-        asked = asyncio.run(_interruptible(_ask(config, folder, prompts, log, show), stop))
+        with subject(folder, like=config.model.path, show=show) as weights:
+            prompts, data = questions(config, weights.model)
+            asked = asyncio.run(_interruptible(_ask(config, weights.model, prompts, log, show), stop))
     except (LearnerError, LoadError) as error:
         raise LaunchError(str(error)) from error
-    kept, settings = read_kept(folder), config.evaluation
-    from actors.evaluation import figures
-
-    found = figures(asked, settings.samples)
     return Evaluation(
-        **msgspec.structs.asdict(found),
+        **msgspec.structs.asdict(figures(asked, settings.samples)),
         model=str(folder),
-        version=kept.version if kept else None,
-        digest=kept.digest if kept else "",
-        lineage=kept.lineage if kept else None,
+        version=weights.version,
+        digest=weights.digest,
+        lineage=weights.lineage,
         data=data,
         threshold=settings.threshold,
         sampling=settings.sampling.of(config.rollout.sampling),
@@ -106,19 +92,6 @@ def evaluate_folder(
         skipped=skipped or [],
         time=began,
         seconds=round(time.monotonic() - clock, 2),
-    )
-
-
-def _check(folder: Path) -> None:
-    if (folder / "config.json").is_file():
-        return
-    if (folder / ".metadata").is_file():
-        raise LaunchError(
-            f"{folder} is a checkpoint of Megatron-Core; convert it first: `launch convert mcore-to-hf "
-            f"{folder} --out DIR --like MODEL`, then `launch eval DIR`"
-        )
-    raise LaunchError(
-        f"{folder} has no config.json, expected a Hugging Face folder, such as runs/NAME/export"
     )
 
 
@@ -192,17 +165,16 @@ async def _ask(
             await asyncio.gather(engine.stop(), rewards.close(), environment.close())
 
 
-async def _interruptible(work: Any, stop: Callable[[], bool]) -> list[Asked]:
+async def _interruptible(work: Coroutine[None, None, list[Asked]], stop: Callable[[], bool]) -> list[Asked]:
     """What `work` comes to; once `stop` is true it is cancelled, and `KeyboardInterrupt` raised."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.create_task(work)
     while not task.done():
         await asyncio.wait([task], timeout=_LOOK_S)
         if stop() and not task.done():
             task.cancel()
             await asyncio.wait([task])
             raise KeyboardInterrupt
-    result: list[Asked] = task.result()
-    return result
+    return task.result()
 
 
 def progress_bar(found: list[Asked], total: int, samples: int) -> str:

@@ -101,8 +101,8 @@ class EvaluatorChild:
 
     def begin(self) -> None:
         """Starts it, once."""
-        name = self._config.name
-        if self._child is None and self._config.evaluation.every:
+        name, settings = self._config.name, self._config.evaluation
+        if self._child is None and settings.every and settings.start:
             argv = [sys.executable, "-m", "launch.cli", "eval", "--watch", "--run", name]
             log = run_folder(name) / "logs" / "evaluator.log"
             self._child = self._children.start("evaluator", argv, process_environment(self._url), log)

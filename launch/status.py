@@ -180,7 +180,6 @@ def _figure(ledger: Ledger, name: str) -> float | None:
 
 def render(status: Status) -> str:
     """The status as a page of text."""
-    evaluated = status.evaluation.line() if status.evaluation is not None else "none"
     lines = [
         f"run        {status.run}: {status.phase}",
         f"step       {status.step} of {status.max_steps}",
@@ -189,8 +188,9 @@ def render(status: Status) -> str:
         f"bound {status.max_staleness}",
         f"groups     {status.groups.identity(status.conserved)}",
         f"tokens/s   {_shown(status.tokens_per_second, '.0f')}",
-        f"evaluated  {evaluated}",
     ]
+    if status.evaluation is not None:
+        lines.append(f"evaluated  {status.evaluation.line()}")
     for actor in status.actors:
         lines.append(
             f"{actor.name:<10} {actor.state}, version {actor.version}, {actor.published} groups published, "

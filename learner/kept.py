@@ -73,8 +73,8 @@ class KeptVersions:
 
     Worked example, `keep` 2 and `every` 10: after version 13 there are 0, 10, 12 and 13; after 21 there are
     0, 20 and 21. Version 0 stays because a replay starts from it, 10 until 20 is there because
-    an evaluation is to have it. Lifecycle: `put` for each version, then the end of the block, which
-    first writes what waits.
+    an evaluation is to have it. With `keep` 0 only versions that an evaluation is to have are written.
+    Lifecycle: `put` for each version, then the end of the block, which first writes what waits.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class KeptVersions:
     def put(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps a committed version. Returns at once; the tensors must not change afterwards."""
         kept = Kept(manifest.version, manifest.digest, self._lineage())
+        if self._keep == 0 and not self._due(kept.version):
+            return
         with self._changed:
             if not self._forks or self._forks[-1][0] != kept.lineage:
                 self._forks.append((kept.lineage, kept.version))
@@ -134,7 +136,6 @@ class KeptVersions:
 
     def _write(self, kept: Kept, tensors: Mapping[str, torch.Tensor]) -> None:
         folder, part = self._root / str(kept.version), self._root / f".{kept.version}.part"
-        shutil.rmtree(part, ignore_errors=True)
         before = read_kept(folder)
         if folder.exists() and (before is None or before.digest == kept.digest):
             _label(folder, kept)  # the warm-up's version 0, or a version that a fork went back to
@@ -142,13 +143,16 @@ class KeptVersions:
         from learner.convert.hf import save_hf
         from learner.model.hf_config import read_shape
 
-        save_hf(dict(tensors), read_shape(self._model), part, self._model)
-        _label(part, kept)
-        for path in part.iterdir():
-            _sync(path)
-        self._remove(kept.version)
-        part.rename(folder)
-        _sync(self._root)
+        try:
+            save_hf(dict(tensors), read_shape(self._model), part, self._model)
+            _label(part, kept)
+            for path in part.iterdir():
+                _sync(path)
+            self._remove(kept.version)
+            part.rename(folder)
+            _sync(self._root)
+        finally:  # a full disk gets its space back
+            shutil.rmtree(part, ignore_errors=True)
 
     def _undo(self) -> None:
         """Removes versions that a fork undid."""
@@ -159,9 +163,9 @@ class KeptVersions:
     def _prune(self) -> None:
         if self._keep == "all":
             return
-        found = [version for version in kept_versions(self._root) if version]
+        found = [version for version in kept_versions(self._root) if version]  # 0 always stays
         due = [version for version in found if self._due(version)]
-        stays = {*found[len(found) - self._keep :], *due[-1:]}
+        stays = {*found[max(0, len(found) - self._keep) :], *due[-1:]}
         for version in found:
             if version not in stays:
                 self._remove(version)

@@ -73,7 +73,7 @@ def test_the_options_are_these() -> None:
             "--like: got c, expected no such option",
         ),
         (["eval"], "eval: got 0 folders, expected one, or --watch"),
-        (["eval", "no-such"], "no-such has no config.json, expected a Hugging Face folder"),
+        (["eval", "no-such"], "no-such has no config.json and no .metadata, expected a Hugging Face"),
         (["eval", "x", "evaluation.sampling.top_k=0"], "top_k: got 0, expected 1 or more, or -1 for all"),
         (["eval", "x", "--samples", "0"], "evaluation.samples: Expected `int` >= 1"),
         (["eval", "--run", "r", "x"], "--run: got one without --watch"),
