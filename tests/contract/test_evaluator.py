@@ -59,6 +59,7 @@ class Training:
         kept = read_kept(path)
         assert kept is not None
         self.evaluated.append((kept.version, skipped))
+        assert len(self.evaluated) < 10, "it goes on and on"
         self.meanwhile.get(kept.version, self.meanwhile[0])(path)
         assert (path / "model.safetensors").read_text() == f"weights of {kept.version}"
         found = figures([Asked(0, 1, [1.0, 0.0], [3, 4], 0, {})], 2)
