@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from learner.config import (
 )
 from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
-from learner.errors import LearnerError
+from learner.errors import Aborted, LearnerError
 from learner.evaluate import evaluate
 from learner.feed import Feeder
 from learner.kept import KEPT, KeptVersions, forget_versions
@@ -107,7 +108,10 @@ class Learner:
         self._stopping = True
 
     def run(self) -> None:
-        """Trains the run, from where it was cut off. Raises `LearnerError`, `StreamError`, `Stopped`."""
+        """Trains the run, from where it was cut off. Raises `LearnerError`, `StreamError`, `Stopped`.
+
+        One that `Aborted` ends is over, as every reader of Redis sees; the next learner goes on with it.
+        """
         settings = self._settings
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
@@ -123,7 +127,7 @@ class Learner:
             else:
                 trainer = self._version_0(tokenizer, record, session)
             self._put("environment", msgspec.json.encode(environment()))
-            with ExitStack() as stack:
+            with ExitStack() as stack, _over_if_aborted(session):
                 checkpoints = self._checkpoints(session, saved=trainer.version)
                 with self._kept(session) as kept:
                     loop = Loop(
@@ -275,6 +279,16 @@ class Learner:
         log.info("engines against learner at version %d: %s", check.version, check.max_difference)
         found = evaluate(trainer, tokenizer, prompts, _ANSWER_TOKENS)
         return {"weights": msgspec.to_builtins(check), "held_out": msgspec.to_builtins(found)}
+
+
+@contextmanager
+def _over_if_aborted(session: Session) -> Iterator[None]:
+    """Ends the run, with the reason, if the learner gives it up: else its actors would wait for ever."""
+    try:
+        yield
+    except Aborted as error:
+        session.leave(f"aborted: {error}")
+        raise
 
 
 def follow(settings: Settings, url: str) -> None:
