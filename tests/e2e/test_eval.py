@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_a_greedy_evaluation_is_what_the_learner_answers(
     assert found["reward"] == pytest.approx(share)
     assert (found["version"], found["invalid"], found["skipped"]) == (None, {}, [])
     assert "starting an engine" in printed.err
+
+
+def test_an_interrupted_evaluation_leaves_nothing(tmp_path: Path) -> None:
+    make_tiny("qwen3", tmp_path / "model", seed=0)
+    write_arithmetic(tmp_path / "data", seed=0)
+    process = launch(tmp_path, "eval", "model", "--data", "data/held_out.jsonl", "--samples", "64")
+
+    def serving() -> bool:
+        assert process.poll() is None, (tmp_path / "eval.err").read_text()
+        return any("sglang" in line for line in processes_in(tmp_path))
+
+    wait_until(serving, 60, "the engine")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "eval.err").read_text()
+    assert processes_in(tmp_path) == []
 
 
 @pytest.mark.accept
