@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.errors import EngineError
 
 FRUITLESS = 20
@@ -73,7 +73,7 @@ async def complete(
     generate: Generate,
     prompt: Sequence[int],
     seeds: Sequence[int],
-    sampling: SamplingConfig,
+    sampling: Sampling,
     ends: Collection[int],
 ) -> list[Completion]:
     """Answers one prompt once for each seed, through any number of interruptions; in the order of seeds.
@@ -91,9 +91,7 @@ async def complete(
 class _Draft:
     """One answer under way."""
 
-    def __init__(
-        self, prompt: Sequence[int], seed: int, sampling: SamplingConfig, ends: Collection[int]
-    ) -> None:
+    def __init__(self, prompt: Sequence[int], seed: int, sampling: Sampling, ends: Collection[int]) -> None:
         self._prompt, self._seed, self._most = list(prompt), seed, sampling.max_new_tokens
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self._tokens: list[int] = []

@@ -23,7 +23,7 @@ import numpy as np
 
 from actors.answers import Answer, Loads, end_tokens
 from actors.concurrency import Load
-from actors.config import EngineConfig, SamplingConfig
+from actors.config import EngineConfig, Sampling
 from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
 from actors.gate import Gate
@@ -119,9 +119,7 @@ class Engine:
         """Exit status of the server; None while it runs."""
         return self._server.returncode
 
-    async def generate(
-        self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Completion]:
+    async def generate(self, prompt: list[int], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """Answer one prompt once for each seed; the answers come in the order of the seeds.
 
         A seed (0 <= seed < 2^63) repeats its answer under the same weights. Answers live through updates,
@@ -136,6 +134,8 @@ class Engine:
                     "stop_token_ids": sampling.stop_token_ids,
                     "ignore_eos": sampling.ignore_eos,
                     "sampling_seed": ask.seed,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
                 }
                 for ask in asks
             ]

@@ -84,6 +84,7 @@ ROLES = (
             "mail:*",
             "scores:*",
             "stop",
+            "evaluations",
             RUNS,
         ),
         reads=("difficulty",),
@@ -114,11 +115,11 @@ ROLES = (
     ),
     Role(
         name="operator",
-        purpose="looks after runs: stops them, puts dead letters back, records",
+        purpose="looks after runs: stops them, puts dead letters back, records, evaluates",
         calls=("requeue", "join", "heartbeat", "leave"),
         looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
-        writes=(*FUNCTION_KEYS, "stop", "fleet"),
+        writes=(*FUNCTION_KEYS, "stop", "fleet", "evaluations"),
         reads=(SHARDS, "*", RUNS),
     ),
 )
