@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
+import pybase64
+
+from actors.errors import EngineError
 
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
@@ -35,6 +39,8 @@ class Meta(msgspec.Struct):
     """Since SGLang 0.5.19."""
     input_token_logprobs: list[Entry] = []
     output_token_logprobs: list[Entry] = []
+    routed_experts: str = ""
+    """int32 [tokens - 1, L, k] of the whole sequence, in base64; empty unless asked for."""
 
 
 class Answer(msgspec.Struct):
@@ -79,6 +85,39 @@ def end_tokens(model: Path) -> frozenset[int]:
             if named is not None:
                 found.update(named if isinstance(named, list) else [named])
     return frozenset(found)
+
+
+def expert_layers(model: Path) -> tuple[int, int]:
+    """L and k of a Hugging Face folder: layers, and experts that a token is sent to in one of them.
+
+    Raises `EngineError` for a model without experts.
+    """
+    found = msgspec.json.decode((model / "config.json").read_bytes(), type=_Experts)
+    if not found.num_experts_per_tok:
+        raise EngineError(
+            f"{model}: config.json has no num_experts_per_tok, so there are no routed experts to return; set "
+            "objective.routing_replay to false"
+        )
+    return found.num_hidden_layers, found.num_experts_per_tok
+
+
+def routed_experts(encoded: str, layers: tuple[int, int], tokens: int) -> np.ndarray:
+    """uint16 [tokens - 1, L, k]: the experts of a sequence, `layers` being (L, k). Raises `ValueError`."""
+    found = np.frombuffer(pybase64.b64decode(encoded, validate=True), np.int32)
+    if found.size != (tokens - 1) * layers[0] * layers[1]:
+        raise ValueError(
+            f"got {found.size} routed experts, expected {tokens - 1} x {layers[0]} x {layers[1]}"
+        )
+    if found.size and not 0 <= found.min() <= found.max() < 1 << 16:
+        raise ValueError(f"got experts {found.min()} to {found.max()}, expected 0 to 65535")
+    return found.astype(np.uint16).reshape(tokens - 1, *layers)
+
+
+class _Experts(msgspec.Struct):
+    """The fields of config.json that are read."""
+
+    num_hidden_layers: int
+    num_experts_per_tok: int = 0
 
 
 class _Ends(msgspec.Struct):

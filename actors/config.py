@@ -152,6 +152,13 @@ class AdaptiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, f
     """What the number is multiplied by when the engine is overloaded."""
 
 
+class Objective(msgspec.Struct, frozen=True):
+    """What an actor needs to know of the learner's objective."""
+
+    routing_replay: bool = False
+    """Have the engine return routed experts, and hand them in with every group."""
+
+
 class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What an actor does with its leases."""
 

@@ -12,7 +12,8 @@ Worked example: prompt ``[5, 6]``, at most 4 tokens, new weights in mid-answer::
 
 The seed stays the same: a drawn number is a function of the seed and the position in the sequence, and
 each position is drawn once. So an answer that is interrupted without new weights comes out as if it
-had not been.
+had not been. Of routed experts each part adds those of its own tokens' predictors: in the example the
+first part's of 5, 6, 7, the second's of 8.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from actors.config import Sampling
 from actors.errors import EngineError
@@ -42,6 +44,9 @@ class Completion(msgspec.Struct, frozen=True):
     labels: list[tuple[int, str]]
     """Runs of tokens and the label of the version that wrote them; lengths sum to that of `tokens`,
     neighbours differ."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k], T with the prompt: the experts that each token but the last was sent to, when the
+    token after it was drawn; None: not asked for."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -53,6 +58,8 @@ class Part(msgspec.Struct, frozen=True):
     """`abort`: ended before its time, to be continued."""
     labels: list[tuple[int, str]]
     """As in `Completion`."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k], T with the context: experts of each token; None: not asked for."""
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -97,6 +104,7 @@ class _Draft:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._labels: list[tuple[int, str]] = []
+        self._routed: list[np.ndarray] = []
         self._fruitless = 0
         self.finish_reason: Literal["stop", "length", ""] = ""
         """Empty while it is to go on."""
@@ -109,6 +117,9 @@ class _Draft:
         self._logprobs += part.logprobs
         for length, label in part.labels:
             self._label(length, label)
+        if part.tokens and part.routed is not None:
+            # What went before was fed again, to newer weights; what counts is when its token was drawn.
+            self._routed.append(part.routed[sum(map(len, self._routed)) :])
         if part.finish_reason != "abort":
             self.finish_reason = part.finish_reason
         elif part.tokens and part.tokens[-1] in self._ends:
@@ -125,7 +136,8 @@ class _Draft:
 
     def completion(self) -> Completion:
         assert self.finish_reason
-        return Completion(self._tokens, self._logprobs, self.finish_reason, self._labels)
+        routed = np.concatenate(self._routed) if self._routed else None
+        return Completion(self._tokens, self._logprobs, self.finish_reason, self._labels, routed)
 
     def _label(self, length: int, label: str) -> None:
         if self._labels and self._labels[-1][1] == label:

@@ -41,6 +41,8 @@
 -- {run}:trash           list    entries to delete from the payload shards, which no function can reach
 -- {run}:dead            stream  dead letters: group position attempt reason prompt payload
 -- {run}:progress        hash    the learner's figures of the newest step, for readers; written by the learner alone
+-- {run}:routing         hash    group id -> chunks of its routed experts; written by actors, swept by the learner
+-- {run}:routed:<group>  hash    chunk -> routed experts of the group; with shards {run/<s>}:routed:<group>
 -- {run}:config, files   string, hash  configuration and model files for actors; written by the learner alone
 -- {run}:curriculum      hash    epoch -> rows it leaves out (JSON); written by the learner alone
 -- {run}:difficulty      hash    how hard each row is; written by actors alone

@@ -136,13 +136,13 @@ def difference(version: Version, tokens: list[int], logprobs: list[float]) -> np
 
 def calls_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that are asked of the server from now on."""
-    calls, post = [], engine._post
+    calls, post = [], engine._calls.post
 
     async def noting(path: str, *rest: object) -> bytes:
         calls.append(path)
         return await post(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "_post", noting)
+    monkeypatch.setattr(engine._calls, "post", noting)
     return calls
 
 
