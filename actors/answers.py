@@ -21,11 +21,22 @@ class Finish(msgspec.Struct):
     type: Literal["stop", "length", "abort"]
 
 
+class Span(msgspec.Struct):
+    """Tokens `start` to `end` (exclusive) of an answer and the label of the weights that wrote them."""
+
+    version: str
+    start: int
+    end: int
+
+
 class Meta(msgspec.Struct):
     """The parts of SGLang's `meta_info` that are read."""
 
     finish_reason: Finish
     weight_version: str
+    """The label at the end of the answer."""
+    weight_versions: list[Span] | None = None
+    """Since SGLang 0.5.19."""
     input_token_logprobs: list[Entry] = []
     output_token_logprobs: list[Entry] = []
     routed_experts: str = ""
@@ -37,6 +48,17 @@ class Answer(msgspec.Struct):
 
     output_ids: list[int]
     meta_info: Meta
+
+    def labels(self) -> list[tuple[int, str]]:
+        """Runs of tokens and the label of the weights that wrote them; lengths sum to that of `output_ids`.
+
+        A server that does not say so wrote all of them under the label of their end, if it was idle for
+        every update.
+        """
+        spans = self.meta_info.weight_versions
+        if spans is None:
+            return [(len(self.output_ids), self.meta_info.weight_version)]
+        return [(span.end - span.start, span.version) for span in spans]
 
 
 class Rank(msgspec.Struct):

@@ -24,7 +24,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.errors import EngineError
 
 FRUITLESS = 20
@@ -56,8 +56,8 @@ class Part(msgspec.Struct, frozen=True):
     logprobs: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     """`abort`: ended before its time, to be continued."""
-    label: str
-    """Of the version that the engine served."""
+    labels: list[tuple[int, str]]
+    """As in `Completion`."""
     routed: np.ndarray | None = None
     """uint16 [T - 1, L, k], T with the context: experts of each token; None: not asked for."""
 
@@ -80,7 +80,7 @@ async def complete(
     generate: Generate,
     prompt: Sequence[int],
     seeds: Sequence[int],
-    sampling: SamplingConfig,
+    sampling: Sampling,
     ends: Collection[int],
 ) -> list[Completion]:
     """Answers one prompt once for each seed, through any number of interruptions; in the order of seeds.
@@ -98,9 +98,7 @@ async def complete(
 class _Draft:
     """One answer under way."""
 
-    def __init__(
-        self, prompt: Sequence[int], seed: int, sampling: SamplingConfig, ends: Collection[int]
-    ) -> None:
+    def __init__(self, prompt: Sequence[int], seed: int, sampling: Sampling, ends: Collection[int]) -> None:
         self._prompt, self._seed, self._most = list(prompt), seed, sampling.max_new_tokens
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self._tokens: list[int] = []
@@ -117,11 +115,11 @@ class _Draft:
     def add(self, part: Part) -> None:
         self._tokens += part.tokens
         self._logprobs += part.logprobs
-        if part.tokens:
-            self._label(len(part.tokens), part.label)
-            if part.routed is not None:
-                # What went before was fed again, to newer weights; what counts is when its token was drawn.
-                self._routed.append(part.routed[sum(map(len, self._routed)) :])
+        for length, label in part.labels:
+            self._label(length, label)
+        if part.tokens and part.routed is not None:
+            # What went before was fed again, to newer weights; what counts is when its token was drawn.
+            self._routed.append(part.routed[sum(map(len, self._routed)) :])
         if part.finish_reason != "abort":
             self.finish_reason = part.finish_reason
         elif part.tokens and part.tokens[-1] in self._ends:
@@ -144,4 +142,5 @@ class _Draft:
     def _label(self, length: int, label: str) -> None:
         if self._labels and self._labels[-1][1] == label:
             length += self._labels.pop()[0]
-        self._labels.append((length, label))
+        if length:
+            self._labels.append((length, label))

@@ -86,6 +86,7 @@ ROLES = (
             "routing",
             "routed:*",
             "stop",
+            "evaluations",
             RUNS,
         ),
         reads=("difficulty",),
@@ -119,11 +120,11 @@ ROLES = (
     ),
     Role(
         name="operator",
-        purpose="looks after runs: stops them, puts dead letters back, records",
+        purpose="looks after runs: stops them, puts dead letters back, records, evaluates",
         calls=("requeue", "join", "heartbeat", "leave"),
         looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
-        writes=(*FUNCTION_KEYS, "stop", "fleet"),
+        writes=(*FUNCTION_KEYS, "stop", "fleet", "evaluations"),
         reads=(SHARDS, "*", RUNS),
     ),
 )

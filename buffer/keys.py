@@ -106,6 +106,7 @@ KEYS = (
         "run",
         "launcher -> its actors (JSON), and with `:wanted` how many it shall run",
     ),
+    Key("evaluations", "hash", "launch eval", "run", "figures of the newest evaluation of a version"),
     Key("stop", "string", "launch stop", "run", "set: no more leases, the learner ends after its step"),
 )
 

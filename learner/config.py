@@ -358,6 +358,14 @@ class CheckpointConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
             )
 
 
+class WeightsConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Which exported versions stay on disk, see docs/evaluation.md."""
+
+    keep: Annotated[int, msgspec.Meta(ge=0)] | Literal["all"] | None = None
+    """How many of the newest versions; absent: `stream.max_staleness` + 2. Version 0 and the newest one that
+    an evaluation is to have stay besides."""
+
+
 class SftConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """A supervised warm-up that ends at an accuracy."""
 

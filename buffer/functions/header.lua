@@ -50,6 +50,7 @@
 -- {run}:mail:<actor>, scores:<actor>  list  requests of the learner to an actor, and its answers (JSON)
 -- {run}:actor_numbers   string  actor names given out; written by `launch actors`
 -- {run}:fleet           hash    launcher -> its actors (JSON), `:wanted` how many it shall run; by launchers
+-- {run}:evaluations     hash    figures of the newest evaluation of a version; by `launch eval`
 -- {run}:stop            string  set by `launch stop`: no more leases, the learner ends after its step
 -- {run}:stream          stream  payloads, one entry a group, written by the caller of `publish`;
 --                               with shards {run/<s>}:stream, s from 0

@@ -63,6 +63,8 @@ def _begin(roles: Roles) -> None:
     plain.set(learner.stream.key("environment"), "{}")
     learner.stream.call(LearnerBeat(learner.epochs["learner"]))
     plain.hset(learner.stream.key("progress"), "loss", 1)
+    assert plain.hget(learner.stream.key("versions"), "0")
+    plain.hset(learner.stream.key("evaluations"), "version", 0)  # the evaluator that it starts
     plain.delete(learner.stream.key("mail:a"))
     plain.rpush(learner.stream.key("mail:a"), "request")
     plain.expire(learner.stream.key("mail:a"), 60)
@@ -131,6 +133,7 @@ def _look(viewer: Stream, name: str) -> None:
     assert plain.get(viewer.key("step")) == b"0"
     assert plain.hget(viewer.key("state"), "lineage") == b"1"
     assert plain.hgetall(viewer.key("progress")) == {b"loss": b"1"}
+    assert plain.hgetall(viewer.key("evaluations")) == {b"version": b"0"}
     assert len(plain.xrange(viewer.key("dead"))) == len(plain.xrevrange(viewer.key("dead"))) > 0  # type: ignore[arg-type]
     assert len(plain.lrange(viewer.key("forks"), 0, -1)) == 1  # type: ignore[arg-type]
     assert viewer.redis.execute_command("FCALL_RO", "slipstream2_aged", 1, viewer.key("stream"), 0) == []
@@ -144,6 +147,8 @@ def _operate(roles: Roles) -> None:
     assert plain.get(operator.key("config")) == b"{}"
     assert plain.hgetall(operator.key("fleet")) == {b"here/1": b"{}"}
     plain.hset(operator.key("fleet"), "here/1:wanted", 3)
+    assert plain.hget(operator.key("versions"), "0")
+    plain.hset(operator.key("evaluations"), "version", 1)
     letters = plain.xrange(operator.key("dead"))
     entry = next(identity for identity, fields in letters if fields[b"prompt"])  # type: ignore[union-attr]
     assert operator.call(Requeue(entry.decode())).position >= 0

@@ -42,7 +42,7 @@ class Interrupted:
     def _part(self, ask: Ask, count: int) -> Part:
         reason = "length" if count == ask.max_new_tokens else "abort"
         routed = rows(self.version, len(ask.context) + count) if count else None
-        return Part([1] * count, [-1.0] * count, reason, f"{self.version}:a", routed)
+        return Part([1] * count, [-1.0] * count, reason, [(count, f"{self.version}:a")], routed)
 
 
 @given(lasts=st.lists(st.integers(0, 5), max_size=6), room=st.integers(1, 16))
@@ -58,7 +58,7 @@ async def test_a_row_is_of_the_version_that_drew_the_token_after_it(lasts: list[
 
 async def test_an_engine_that_returns_none_gives_none() -> None:
     async def generate(asks: list[Ask]) -> list[Part]:
-        return [Part([1], [-1.0], "stop", "1:a") for _ in asks]
+        return [Part([1], [-1.0], "stop", [(1, "1:a")]) for _ in asks]
 
     (answer,) = await complete(generate, PROMPT, [0], SamplingConfig(), ())
     assert answer.routed is None
