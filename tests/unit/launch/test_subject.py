@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(checkpoint: Path, model: Path) ->
 def test_the_runs_configuration_is_found_from_every_folder_of_it(tmp_path: Path) -> None:
     run = {"name": "r", "rollout": {}, "stream": {}, "data": {"path": "questions"}}
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(run))
-    for folder in ("export", "weights/20", "checkpoints/step-00000020-1"):
+    for folder in ("export", "export/inner", "weights/20", "checkpoints/step-00000020-1"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text('{"model_type": "qwen3"}')
         assert run_config_of(tmp_path / folder) == run
