@@ -40,7 +40,9 @@ def train(folder: Path, out: Path, dtype: str = "float32") -> dict[str, float | 
         groups = [make_group(position, seed=step) for position in range(4)]
         metrics = trainer.train_step(groups, step)
     trainer.save(out)
-    found = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+    found = {
+        name: value for name, value in metrics.items() if not name.startswith(("seconds", "tflops", "mfu"))
+    }
     (out / "metrics.json").write_text(json.dumps(found))
     return found
 

@@ -79,8 +79,9 @@ def train(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Figures of a step and what the model scores before it, and what else a trainer can do if `all_calls`;
     tensors on rank 0."""
-    kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
-    objective = msgspec.structs.replace(objective, kl=kl)
+    if objective.kl.coefficient:
+        kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
+        objective = msgspec.structs.replace(objective, kl=kl)
     model = ModelConfig(
         path=str(folder),
         micro_batch_tokens=48,
@@ -95,7 +96,9 @@ def train(
     metrics = trainer.train_step(share(batch(trainer, objective)), 0)
     tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
     steady = {
-        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith(("seconds", "tflops", "micro_batches"))
     }
     rest = other_calls(trainer) if all_calls else {}
     return {"metrics": steady, "scores": scores, **rest}, tensors
