@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
@@ -48,6 +47,8 @@ SEQUENCES = [[(7 * at * (row + 3) + row) % 150_000 for at in range(1, 200)] for 
 
 def expected(weights: Weights) -> list[np.ndarray]:
     """Log-probabilities of tokens 1.. by transformers in bf16 on the GPU."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).bfloat16().eval()
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -81,6 +82,8 @@ def test_versions_reach_sglang_over_gpu_memory(tmp_path: Path, on_gpu: OnGpu) ->
 
 
 async def _reach(tmp_path: Path, on_gpu: OnGpu) -> None:
+    from transformers import Qwen3Config
+
     Qwen3Config(**CONFIG).save_pretrained(tmp_path)
     log = Path(os.environ.get("OUT", str(tmp_path))) / "sglang.log"
     began = time.monotonic()
