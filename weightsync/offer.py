@@ -23,7 +23,7 @@ import redis
 from buffer.client import Stream
 from buffer.ledger import ActorRecord
 from weightsync.config import WeightSyncConfig
-from weightsync.errors import NoCuda, WeightSyncError
+from weightsync.errors import WeightSyncError
 from weightsync.holder import Held, Holder
 from weightsync.image import Image, write_image
 from weightsync.lanes import Lanes
@@ -65,7 +65,11 @@ class Offers:
         self._address = config.address or address_towards(stream.redis)
         self.holder = Holder(self._address)
         self._round: Round | None = None
-        self._on_gpu = _on_gpu(config, log) if config.gpu else None
+        self._on_gpu: OnGpu | None = None
+        if config.gpu:
+            from weightsync.on_gpu import open_on_gpu
+
+            self._on_gpu = open_on_gpu(config.timeout_s, log)
         self.export_s = 0.0
         """Seconds in which the thread made the last image, its digests and what else is offered of it."""
         self._changed, self._inviting = threading.Condition(), threading.Lock()
@@ -253,20 +257,6 @@ class Offers:
         if self._on_gpu is not None:
             self._on_gpu.close()
         self.holder.close()
-
-
-def _on_gpu(config: WeightSyncConfig, log: Callable[[str], None]) -> OnGpu:
-    """The learner's slot, on the GPU that it trains on. Raises `WeightSyncError` where there is none."""
-    import torch
-
-    from weightsync.on_gpu import OnGpu
-
-    try:
-        return OnGpu(torch.cuda.current_device() if torch.cuda.is_available() else 0, config.timeout_s, log)
-    except NoCuda as error:
-        raise NoCuda(
-            f"weightsync.gpu: got true, but the learner has no GPU: {error}; set weightsync.gpu = false"
-        ) from error
 
 
 def open_offers(

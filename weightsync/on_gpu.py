@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from weightsync.cuda import Driver
-from weightsync.errors import SourceError
+from weightsync.errors import NoCuda, SourceError
 from weightsync.holder import Held
 from weightsync.image import Image
 from weightsync.manifest import Manifest
@@ -63,3 +65,13 @@ class OnGpu:
         if self.slot is not None:
             self.slot.close(self._timeout_s)
             self.slot = None
+
+
+def open_on_gpu(timeout_s: float, log: Callable[[str], None]) -> OnGpu:
+    """On the GPU that this process computes on. Raises `NoCuda` where there is none."""
+    try:
+        return OnGpu(torch.cuda.current_device() if torch.cuda.is_available() else 0, timeout_s, log)
+    except NoCuda as error:
+        raise NoCuda(
+            f"weightsync.gpu: got true, but the learner has no GPU: {error}; set it to false"
+        ) from error

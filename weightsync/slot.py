@@ -7,12 +7,13 @@
     with opened(slot.guard.path, manifest) as image:            # an engine
         ...
 
-One slot is all the GPU memory that a process gives to weight sync, the context apart. It is freed when
+One slot is all the GPU memory that a process gives to weight sync, the context apart. It is freed only while
 nobody has it open.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ from weightsync.manifest import Chunk, Manifest, digest_of
 
 
 class Slot:
-    """The owner's end. Lifecycle: any number of `filling`, then `close`."""
+    """The owner's end. Lifecycle: any number of `filling`, then `close` or nothing."""
 
     def __init__(self, ordinal: int, size: int) -> None:
         """`size` bytes on a card that this process sees. Raises `SourceError`, `NoCuda`."""
@@ -45,6 +46,8 @@ class Slot:
         self._address = self._driver.allocate(ordinal, size)
         self._handle = self._driver.export(ordinal, self._address)
         self.guard = Guard()
+        self._end = weakref.finalize(self, _release, self._driver, ordinal, self._address, self.guard, 0.0)
+        self._end.atexit = False
 
     @property
     def memory(self) -> torch.Tensor:
@@ -62,13 +65,21 @@ class Slot:
             put(Contents(label, self.card, self._handle, self.size))
 
     def close(self, timeout_s: float) -> None:
-        """Frees the memory. If somebody still reads after `timeout_s` it goes with the process instead."""
-        try:
-            with self.guard.writing(timeout_s):
-                self._driver.free(self.ordinal, self._address)
-        except SourceError:
-            return
-        self.guard.close()
+        """Frees the memory, as its end does that nobody closed; may be called twice.
+
+        If somebody still reads after `timeout_s` it goes with the process instead.
+        """
+        if self._end.detach() is not None:
+            _release(self._driver, self.ordinal, self._address, self.guard, timeout_s)
+
+
+def _release(driver: Driver, ordinal: int, address: int, guard: Guard, timeout_s: float) -> None:
+    try:
+        with guard.writing(timeout_s):
+            driver.free(ordinal, address)
+    except SourceError:
+        return
+    guard.close()
 
 
 def fill(slot: Slot, manifest: Manifest, image: Image, timeout_s: float) -> Manifest:

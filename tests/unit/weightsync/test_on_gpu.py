@@ -16,7 +16,7 @@ from weightsync.guard import Contents, Guard, Place
 from weightsync.holder import Held, Holder
 from weightsync.image import Image
 from weightsync.manifest import Manifest
-from weightsync.on_gpu import OnGpu
+from weightsync.on_gpu import open_on_gpu
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports.choice import transports
@@ -72,8 +72,8 @@ def test_where_there_is_none_they_are_refused_by_name(chosen: str) -> None:
 def test_without_a_driver_it_says_so() -> None:
     with pytest.raises(NoCuda, match="no CUDA"):
         Driver()
-    with pytest.raises(NoCuda, match="no CUDA"):
-        OnGpu(0, 1.0, print)
+    with pytest.raises(NoCuda, match=r"weightsync.gpu: got true, but the learner has no GPU: no CUDA"):
+        open_on_gpu(1.0, print)
 
 
 def test_the_agent_leaves_the_version_to_its_engine(slot: Callable[[Manifest], Guard]) -> None:
