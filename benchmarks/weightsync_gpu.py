@@ -83,8 +83,8 @@ class Learner:
 
 def hold(mib: int, rounds: int) -> None:
     """The learner's process: a version on the first GPU it sees, and its part in broadcasts."""
-    draw = torch.Generator().manual_seed(0)
-    weights = {f"{n}": torch.randn(1024, 4096, generator=draw).bfloat16() for n in range(max(1, mib // 8))}
+    tensors = [torch.randn(1024, 4096, device="cuda").bfloat16().cpu() for _ in range(max(1, mib // 8))]
+    weights = {str(number): tensor for number, tensor in enumerate(tensors)}
     image, manifest = write_image(Manifest.of(1, weights), weights)
     holder, on_gpu, seconds = Holder("127.0.0.1"), OnGpu(0, TIMEOUT_S, progress), []
     for _ in range(rounds + 1):
