@@ -31,7 +31,7 @@ from torch.distributed import TCPStore
 
 from benchmarks.harness import parser, progress, report, table
 from weightsync.checksum import verify
-from weightsync.communicator import PART
+from weightsync.communicator import PART, Communicator
 from weightsync.cuda import visible_cards
 from weightsync.holder import Holder
 from weightsync.image import chunk_ranges, write_image
@@ -105,6 +105,11 @@ def hold(mib: int, rounds: int) -> None:
         if line.strip() == "round":
             one = nccl.Round("127.0.0.1", on_gpu.slot, manifest, pull, TIMEOUT_S)
             print(msgspec.json.encode(one.source).decode(), flush=True)
+        elif line.strip() == "group":
+            identity = Communicator.identity()
+            print(identity.hex(), flush=True)
+            with Communicator(identity, 0, 2, 0, TIMEOUT_S):
+                pass
         else:
             raw_broadcast(int(line), 0, on_gpu.slot.memory, rounds)
     on_gpu.close()
@@ -187,11 +192,16 @@ def broadcast(learner: Learner, manifest: Manifest, rounds: int) -> dict[str, fl
         way.fetch(msgspec.json.decode(learner.answer(), type=Source), manifest.label, staging)
         staging.finish()
 
-    seconds = median_s(rounds, receive)
+    def meet() -> None:
+        learner.ask("group")
+        with Communicator(bytes.fromhex(learner.answer()), 1, 2, 0, TIMEOUT_S):
+            pass
+
+    seconds, group = median_s(rounds, receive), median_s(rounds, meet)
     store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     learner.ask(str(store.port))
     room = torch.empty(manifest.size, dtype=torch.uint8, device="cuda")
-    return {"seconds": seconds, "floor": raw_broadcast(store, 1, room, rounds)}
+    return {"seconds": seconds, "floor": raw_broadcast(store, 1, room, rounds), "group": group}
 
 
 def raw_broadcast(meet: TCPStore | int, rank: int, memory: torch.Tensor, rounds: int) -> float:
