@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
-from learner.checkpoint.state import Part, load, optimizer_steps, parts
+from learner.checkpoint.state import Part, load, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
@@ -43,7 +43,9 @@ from learner.model.optimizer import (
     build_optimizer,
     clipped_update,
     learning_rate,
+    set_updates,
     torch_optimizers,
+    updates_made,
 )
 from learner.model.routing import replay_routing
 from learner.model.schedule import forward_backward, forward_only
@@ -75,7 +77,9 @@ class Snapshot:
     exact: list[torch.Tensor]
     """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: list[dict[str, Any]]
-    """A copy of each optimizer's moments and counters, by parameter number."""
+    """A copy of each optimizer's moments, by parameter number."""
+    updates: int
+    """Updates behind the moments."""
     version: int
     """The version that was current."""
 
@@ -237,7 +241,7 @@ class Trainer:
 
     def optimizer_steps(self) -> int:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
-        return optimizer_steps(self._optimizer)
+        return updates_made(self._optimizer)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
@@ -259,7 +263,8 @@ class Trainer:
         """A copy of weights, optimizer state and version."""
         moments = [_copy(inner.state_dict()["state"]) for inner in torch_optimizers(self._optimizer)]
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
+        exact = [copy.clone() for copy in self._exact()]
+        return Snapshot(weights, exact, moments, self.optimizer_steps(), self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
@@ -272,6 +277,7 @@ class Trainer:
             inner.load_state_dict(
                 {"state": _copy(moments), "param_groups": inner.state_dict()["param_groups"]}
             )
+        set_updates(self._optimizer, snapshot.updates)
         self.version = snapshot.version
 
     def _exact(self) -> list[torch.Tensor]:
