@@ -1,8 +1,7 @@
 """Weight sync between scripted processes: the real offers, agent, transports; the engine is a script.
 
-A learner offers its vector as four chunks; its point is `sending`, once for each chunk that is asked of it. An
-actor pulls, and serves a version once every byte of it is that of its digest; its point is `loading`, in the
-middle of that.
+A learner offers its vector as four chunks; its point is `sending`, once for each chunk that is asked of
+it. An actor pulls, and serves a version once every byte of it is that of its digest; its point is `loading`.
 """
 
 from __future__ import annotations
@@ -41,9 +40,7 @@ _CHUNK = 4 * SIZE // CHUNKS
 def offers(stream: Stream, epoch: int, log: Log, faults: Faults) -> Offers:
     """The learner's side."""
     weightsync.offer.write_image = partial(write_image, chunk_bytes=_CHUNK)  # type: ignore[assignment]
-    made = Offers(
-        stream, learner_epoch=epoch, config=CONFIG, log=lambda text: log("weights", text=text)
-    )
+    made = Offers(stream, learner_epoch=epoch, config=CONFIG, log=lambda text: log("weights", text=text))
     answer = made.holder.answer
 
     def counted(path: str) -> tuple[bytes | None, int, int] | None:
@@ -123,4 +120,3 @@ class Through(Peer):
 
     def _by(self, source: Source) -> Source:
         return msgspec.structs.replace(source, address=f"http://127.0.0.1:{self._port}")
-

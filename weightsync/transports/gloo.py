@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, populate
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -70,8 +70,10 @@ class Gloo:
             if rank >= size:
                 raise SourceError(f"gloo: version {version} is on its way to {size - 1} others already")
             group = _group(store, rank, size, _own_address(host, int(port)), timeout)
+            # Not into the room itself: a broadcast that failed may still write to where it was told to.
+            buffer = torch.empty(staging.manifest.chunks[0].size, dtype=torch.uint8)
             for number in staging.missing():
-                part = torch.empty(staging.manifest.chunks[number].size, dtype=torch.uint8)
+                part = buffer[: staging.manifest.chunks[number].size]
                 _broadcast(group, part, timeout)
                 with staging.room(number) as room:
                     room[:] = memoryview(part.numpy())
@@ -108,7 +110,7 @@ class Round:
         )
         self.source = Source("gloo", f"{address}:{port}", holder.address, token)
         self._closed = threading.Event()
-        self._map = image.readable() if image.size else None
+        self._map = image.private() if image.size else None
         self._store = PrefixStore(token, store)
         self._thread = threading.Thread(target=self._run, name="weights-gloo", daemon=True)
         self._thread.start()
@@ -150,11 +152,10 @@ class Round:
 
         group = _group(self._store, 0, size, self._address, self._timeout)
         assert self._map is not None
-        with memoryview(self._map) as view:
-            for chunk in self._manifest.chunks:
-                # A copy: torch wants memory that could be written.
-                part = bytearray(view[chunk.offset : chunk.offset + chunk.size])
-                _broadcast(group, torch.frombuffer(part, dtype=torch.uint8), self._timeout)
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        for chunk in self._manifest.chunks:
+            populate(self._map, chunk.offset, chunk.size)
+            _broadcast(group, whole[chunk.offset : chunk.offset + chunk.size], self._timeout)
 
 
 def _group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> ProcessGroupGloo:
