@@ -226,6 +226,8 @@ def test_a_host_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    with holding(image, manifest) as (holder, _), pytest.raises(SourceError, match="no memory for chunk 0"):
+    staging = Staging(manifest, None, never)
+    with holding(image, manifest) as (holder, _):
         monkeypatch.setattr(Image, "write", full)
-        Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, Staging(manifest, None, never))
+        with pytest.raises(SourceError, match="no memory for chunk 0"):
+            Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
