@@ -126,7 +126,7 @@ def measure(counts: list[int], folder: Path) -> dict[str, Any]:
 
 
 def stall(metrics: Path) -> dict[str, float]:
-    """What publishing costs the learner: median seconds, and the median share of a step without its waiting."""
+    """What publishing costs the learner: seconds, and the share of a step without its waiting; medians."""
     steps = [msgspec.json.decode(line) for line in metrics.read_bytes().splitlines()]
     publish = [step["seconds_publish"] for step in steps]
     busy = [step["time"] - step["time_batch"] - step["seconds_wait"] for step in steps]
