@@ -32,6 +32,7 @@ After every row, `Trial.finish` or `check` looks for anything that breaks
     I6  an exit code other than the expected one, a last line without a reason, anything on standard error
 
 Rows 1, 2, 12, 23, 24: test_actors.py. Rows 3, 4, 5, 6, 15: test_learner.py. Rows 7 to 10: test_server.py.
-Rows 13, 16, 17, 25: test_membership.py, test_weights.py. Row 11: test_network.py. Rows 19, 20: test_limits.py. All roles at random: test_mass.py.
-Rows 3 to 6 and 18 with the real learner: test_real_learner.py.
+Row 11: test_network.py. Rows 13, 16, 17, 25: test_membership.py, test_weights.py. Rows 19, 20:
+test_limits.py.
+All roles at random: test_mass.py. Rows 3 to 6 and 18 with the real learner: test_real_learner.py.
 """
