@@ -98,6 +98,8 @@ def _places(bits: np.ndarray, count: int) -> np.ndarray:
 
     >>> _places(np.array([0, 0b01000001], np.uint8), 16)
     array([ 9, 15])
+    >>> _places(np.array([0, 0b01000001], np.uint8), 15)
+    array([9])
     """
     there = np.flatnonzero(bits != 0)
     found = np.flatnonzero(np.unpackbits(bits[there]).view(bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.unit.weightsync.versions import CHUNK, damaged, holding, tensors, version
+from weightsync import staging as module
 from weightsync.config import WeightSyncConfig
 from weightsync.errors import SourceError, Superseded
 from weightsync.image import Image
@@ -206,17 +208,25 @@ def test_a_transport_without_what_it_needs_is_refused(chosen: str) -> None:
         WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]
 
 
-def test_a_chunk_is_verified_while_the_next_one_comes() -> None:
-    """Its bytes are its own: what comes into the other buffer meanwhile does not touch them."""
+def test_a_chunk_is_verified_while_the_next_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are its own: what comes meanwhile does not touch them."""
     image, manifest = version(4)
-    data = memoryview(image.readable())
-    staging = Staging(manifest, None, never)
+    data, staging = memoryview(image.readable()), Staging(manifest, None, never)
+    gates = [threading.Event() for _ in manifest.chunks]
+    left, compute = iter(gates), module.digest_of
+
+    def late(room: memoryview) -> str:
+        assert next(left).wait(10)
+        return compute(room)
+
+    monkeypatch.setattr(module, "digest_of", late)
+    gates[-1].set()
     for number, chunk in enumerate(manifest.chunks):
-        room = staging.room(number)
-        room[:] = data[chunk.offset : chunk.offset + chunk.size]
+        staging.room(number)[:] = data[chunk.offset : chunk.offset + chunk.size]
         staging.keep(number)
         if number < 6:
             staging.room(number + 1)[:] = bytes(manifest.chunks[number + 1].size)
+            gates[number].set()
     assert bytes(staging.finish().readable()) == bytes(image.readable())
 
 
