@@ -6,13 +6,14 @@ import asyncio
 import collections
 import struct
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 import xxhash
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.environments import Environment
 from actors.environments.policy import Batcher, Generator, Policy, Text
 from actors.errors import ActorError, Cause, EngineError, RewardError, SampleError
@@ -41,7 +42,7 @@ class Recipe(msgspec.Struct, frozen=True):
     actor_epoch: int
     run_seed: int
     group_size: int
-    sampling: SamplingConfig
+    sampling: Sampling
     environment: Environment
     timeout_s: float
     """Seconds for one conversation."""
@@ -59,6 +60,26 @@ def request_seed(run_seed: int, position: int, attempt: int, sample: int, turn: 
     return xxhash.xxh3_64_intdigest(numbers) & 0x7FFFFFFF
 
 
+Scored = tuple[Trajectory, Verdict]
+"""A sample and what it earns."""
+
+
+async def answers(
+    engine: Generator, prompt: Prompt, seed: Callable[[int, int], int], recipe: Recipe
+) -> list[Scored | SampleError]:
+    """The G conversations about a prompt, each scored, or why it is not; `seed` is that of (sample, turn).
+
+    Raises `EngineError`, and `LoadError` if the reward cannot be loaded at all.
+    """
+    batcher = Batcher(engine)
+    try:
+        return await _all(
+            _sample(batcher, partial(seed, index), prompt, recipe) for index in range(recipe.group_size)
+        )
+    finally:
+        await batcher.close()
+
+
 async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
     """Generates and scores the group of a lease.
 
@@ -68,13 +89,9 @@ async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
     """
     assert lease.prompt is not None
     prompt, started = lease.prompt, time.time()
-    batcher = Batcher(engine)
-    try:
-        made = await _all(
-            _sample(batcher, lease, prompt, recipe, index) for index in range(recipe.group_size)
-        )
-    finally:
-        await batcher.close()
+    made = await answers(
+        engine, prompt, partial(request_seed, recipe.run_seed, lease.position, lease.attempt), recipe
+    )
     valid = [sample for sample in made if not isinstance(sample, SampleError)]
     if len(valid) < SAMPLES_MIN:
         raise RewardError(_too_few(made, len(valid)))
@@ -95,9 +112,6 @@ async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
     )
 
 
-Scored = tuple[Trajectory, Verdict]
-
-
 async def _all(samples: Any) -> list[Scored | SampleError]:
     """The results in order; the first error that is not a sample's own ends the others."""
     tasks = [asyncio.create_task(sample) for sample in samples]
@@ -110,10 +124,9 @@ async def _all(samples: Any) -> list[Scored | SampleError]:
 
 
 async def _sample(
-    batcher: Batcher, lease: Lease, prompt: Prompt, recipe: Recipe, index: int
+    batcher: Batcher, seed: Callable[[int], int], prompt: Prompt, recipe: Recipe
 ) -> Scored | SampleError:
     """One conversation and its verdict, or why it has none."""
-    seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt, index)
     policy = Policy(batcher, seed, recipe.sampling, len(prompt.tokens), recipe.text)
     try:
         trajectory = await _converse(recipe, prompt, policy)
