@@ -31,7 +31,7 @@ from weightsync.staging import Staging
 from weightsync.transports.peer import Peer
 
 CHUNKS = 4
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0
 """Seconds after which the learner names an actor that stays behind, and an agent gives a holder up."""
 CONFIG = WeightSyncConfig(transport="peer", timeout_s=TIMEOUT_S)
 _CHUNK = 4 * SIZE // CHUNKS
