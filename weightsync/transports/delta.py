@@ -17,7 +17,7 @@ import numpy as np
 from buffer.errors import RecordError
 from buffer.frame import pack, unpack
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, populate
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -48,11 +48,13 @@ class Delta:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
         assert staging.parent is not None
-        old = memoryview(staging.parent.readable())
+        held = staging.parent.readable()
+        old = memoryview(held)
         with connected(source, self._timeout_s) as connection:
             for number in staging.missing():
                 chunk = staging.manifest.chunks[number]
                 changed = ask(connection, source, f"/{version}/delta/{number}")
+                populate(held, chunk.offset, chunk.size)
                 with staging.room(number) as room:
                     decode(changed, old[chunk.offset : chunk.offset + chunk.size], room)
                 staging.keep(number)
