@@ -48,6 +48,7 @@ from weightsync.manifest import Manifest, TensorEntry
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports import gloo
+from weightsync.transports import round as broadcasts
 from weightsync.transports.base import Transport
 from weightsync.transports.delta import Delta, deltas
 from weightsync.transports.disk import Disk, save
@@ -306,7 +307,7 @@ def main() -> None:
     options.add_argument("--receive", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    gloo.GATHER_S = 0.0
+    broadcasts.GATHER_S = 0.0
     if chosen.hold:
         hold(*map(int, chosen.hold.split(",")))
         return

@@ -8,6 +8,11 @@ image = staging.finish()                    # sealed
 
 A chunk comes into one of two buffers. While the next one comes into the other, a thread compares its digest
 and writes it to the image, which for memory that is new is cheaper than to fill it through a mapping.
+
+A version may also come to lie in GPU memory, where its owner has verified it and the engine will:
+
+staging.put(place)
+place = staging.finish()
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from weightsync.errors import SourceError
+from weightsync.guard import Place
 from weightsync.image import Image, populate
 from weightsync.manifest import Manifest, digest_of
 
@@ -26,7 +32,7 @@ READERS = 2
 class Staging:
     """The chunks of one version that are here so far; it may be filled from one source after another.
 
-    Lifecycle: `room` and `keep` for every missing chunk, or `adopt` once, then `finish`; or `close`.
+    Lifecycle: `room` and `keep` for every missing chunk, or `adopt` or `put` once, then `finish`; or `close`.
     """
 
     def __init__(self, manifest: Manifest, parent: Image | None, go_on: Callable[[], None]) -> None:
@@ -35,15 +41,26 @@ class Staging:
         self._go_on = go_on
         self._kept: set[int] = set()
         self._image: Image | None = None
+        self._place: Place | None = None
         self._buffers: list[memoryview] = []
         self._thread: ThreadPoolExecutor | None = None
         self._placing: tuple[int, Future[None]] | None = None
         """The chunk at which the thread is."""
 
+    def go_on(self) -> None:
+        """Raises `Superseded` when nobody wants the version any more."""
+        self._go_on()
+
     def missing(self) -> list[int]:
         """Numbers of the chunks that are still to come, in order; a damaged one is among them."""
         self._placed()
         return [number for number in range(len(self.manifest.chunks)) if number not in self._kept]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the version is here yet."""
+        self._placed()
+        return not self._kept
 
     def room(self, number: int) -> memoryview:
         """Where the bytes of a chunk go. Raises `Superseded` when nobody wants them any more."""
@@ -60,7 +77,7 @@ class Staging:
         room = self.room(number)
         assert self._thread is not None
         error = self._placed()
-        self._placing = (number, self._thread.submit(self._place, number, room))
+        self._placing = (number, self._thread.submit(self._write, number, room))
         self._buffers.reverse()
         if error is None and len(self._kept) + 1 == len(self.manifest.chunks):
             error = self._placed()
@@ -90,9 +107,21 @@ class Staging:
                 raise
         self._image, self._kept = image, set(everything)
 
-    def finish(self) -> Image:
-        """The sealed image of the whole version."""
+    def put(self, place: Place) -> None:
+        """The whole version is in a slot, not in host memory. Raises `SourceError` if it has no sums."""
+        if any(chunk.sum is None for chunk in self.manifest.chunks):
+            raise SourceError(
+                f"version {self.manifest.version}: has no sums that a GPU could verify; its learner keeps no "
+                "version on a GPU"
+            )
+        self.close()
+        self._place, self._kept = place, set(range(len(self.manifest.chunks)))
+
+    def finish(self) -> Image | Place:
+        """The sealed image of the whole version, or where it is in GPU memory."""
         assert not self.missing()
+        if self._place is not None:
+            return self._place
         assert self._image is not None
         if not self._image.sealed:
             self._image.seal()
@@ -123,7 +152,7 @@ class Staging:
             raise error
         return error
 
-    def _place(self, number: int, room: memoryview) -> None:
+    def _write(self, number: int, room: memoryview) -> None:
         """Verifies a chunk and writes it to the image; in the thread."""
         assert self._image is not None
         self._check(number, room)
