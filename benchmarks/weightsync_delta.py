@@ -26,7 +26,7 @@ from weightsync.transports.delta import encode
 RATES = (1e-6, 1e-4)
 STEPS = (1, 4)
 """Versions that are compared with the one before."""
-GROUPS = 8
+GROUPS = 2
 
 
 def bf16(tensors: dict[str, torch.Tensor], version: int) -> tuple[Image, Manifest]:
