@@ -6,6 +6,7 @@ import asyncio
 import collections
 import struct
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,19 +60,28 @@ def request_seed(run_seed: int, position: int, attempt: int, sample: int, turn: 
     return xxhash.xxh3_64_intdigest(numbers) & 0x7FFFFFFF
 
 
-async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
-    """Generates and scores the group of a lease.
+async def rollout(
+    engine: Generator, lease: Lease, recipe: Recipe, generated: Callable[[], None] = lambda: None
+) -> Group:
+    """Generates and scores the group of a lease; each sample is scored when its conversation has ended.
 
+    `generated` is called when the last conversation has, while samples are still being scored.
     A sample whose environment or reward function failed is invalid and left out of the group, which then
     has fewer than G. Raises `EngineError` if the engine fails or returns what cannot be trained,
     `RewardError` if fewer than 2 samples are valid, `LoadError` if the reward cannot be loaded at all.
     """
     assert lease.prompt is not None
     prompt, started = lease.prompt, time.time()
-    batcher = Batcher(engine)
+    batcher, talking = Batcher(engine), set(range(recipe.group_size))
+
+    def ended(index: int) -> None:
+        talking.discard(index)
+        if not talking:
+            generated()
+
     try:
         made = await _all(
-            _sample(batcher, lease, prompt, recipe, index) for index in range(recipe.group_size)
+            _sample(batcher, lease, prompt, recipe, index, ended) for index in range(recipe.group_size)
         )
     finally:
         await batcher.close()
@@ -110,13 +120,21 @@ async def _all(samples: Any) -> list[Scored | SampleError]:
 
 
 async def _sample(
-    batcher: Batcher, lease: Lease, prompt: Prompt, recipe: Recipe, index: int
+    batcher: Batcher,
+    lease: Lease,
+    prompt: Prompt,
+    recipe: Recipe,
+    index: int,
+    ended: Callable[[int], None],
 ) -> Scored | SampleError:
     """One conversation and its verdict, or why it has none."""
     seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt, index)
     policy = Policy(batcher, seed, recipe.sampling, len(prompt.tokens), recipe.text)
     try:
-        trajectory = await _converse(recipe, prompt, policy)
+        try:
+            trajectory = await _converse(recipe, prompt, policy)
+        finally:
+            ended(index)
         text = recipe.text.decode(trajectory.final)
         verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
     except SampleError as error:
