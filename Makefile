@@ -4,6 +4,7 @@
 #   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make test-gpu   the GPU kernels, on a host that has them: docs/gpu.md (GPU_PYTHON=python3)
+#   make test-sglang  the engine's tests with a newer SGLang (SGLANG=0.5.23) beside the pinned one
 #   make nightly    the replay stream's state machine, at length
 #   make bench      the benchmarks of the replay stream and of packing  (about 12 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
@@ -13,13 +14,14 @@
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 GPU_PYTHON ?= python3
+SGLANG ?= 0.5.23
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TORCH_INDEX ?=
 # Real text for tests, if it lies beside the checkout.
 export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup demo test test-gpu check faults nightly accept rehearse bench clean
+.PHONY: setup demo test test-gpu test-sglang check faults nightly accept rehearse bench clean
 
 setup: $(READY)
 
@@ -45,6 +47,13 @@ test: check
 # On a GPU host, with its own Python: the environment above is a CPU's.
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -s tests/gpu $(ARGS)
+
+$(VENV)/sglang-$(SGLANG): $(READY)
+	$(PIP) install --quiet --no-deps --target $@ sglang==$(SGLANG)
+
+test-sglang: $(VENV)/sglang-$(SGLANG)
+	PYTHONPATH=$(abspath $<) $(VENV)/bin/python -m pytest tests/e2e/test_engine.py tests/e2e/test_engine_families.py \
+		tests/e2e/test_continuation.py tests/e2e/test_weights.py $(ARGS)
 
 faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(ARGS)

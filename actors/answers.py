@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
+import pybase64
+
+from actors.errors import EngineError
 
 Entry = tuple[float | None, int, str | None]
 """SGLang's log-probability of one token: value, token id, text (always absent here)."""
@@ -17,13 +21,26 @@ class Finish(msgspec.Struct):
     type: Literal["stop", "length", "abort"]
 
 
+class Span(msgspec.Struct):
+    """Tokens `start` to `end` (exclusive) of an answer and the label of the weights that wrote them."""
+
+    version: str
+    start: int
+    end: int
+
+
 class Meta(msgspec.Struct):
     """The parts of SGLang's `meta_info` that are read."""
 
     finish_reason: Finish
     weight_version: str
+    """The label at the end of the answer."""
+    weight_versions: list[Span] | None = None
+    """Since SGLang 0.5.19."""
     input_token_logprobs: list[Entry] = []
     output_token_logprobs: list[Entry] = []
+    routed_experts: str = ""
+    """int32 [tokens - 1, L, k] of the whole sequence, in base64; empty unless asked for."""
 
 
 class Answer(msgspec.Struct):
@@ -31,6 +48,17 @@ class Answer(msgspec.Struct):
 
     output_ids: list[int]
     meta_info: Meta
+
+    def labels(self) -> list[tuple[int, str]]:
+        """Runs of tokens and the label of the weights that wrote them; lengths sum to that of `output_ids`.
+
+        A server that does not say so wrote all of them under the label of their end, if it was idle for
+        every update.
+        """
+        spans = self.meta_info.weight_versions
+        if spans is None:
+            return [(len(self.output_ids), self.meta_info.weight_version)]
+        return [(span.end - span.start, span.version) for span in spans]
 
 
 class Rank(msgspec.Struct):
@@ -57,6 +85,39 @@ def end_tokens(model: Path) -> frozenset[int]:
             if named is not None:
                 found.update(named if isinstance(named, list) else [named])
     return frozenset(found)
+
+
+def expert_layers(model: Path) -> tuple[int, int]:
+    """L and k of a Hugging Face folder: layers, and experts that a token is sent to in one of them.
+
+    Raises `EngineError` for a model without experts.
+    """
+    found = msgspec.json.decode((model / "config.json").read_bytes(), type=_Experts)
+    if not found.num_experts_per_tok:
+        raise EngineError(
+            f"{model}: config.json has no num_experts_per_tok, so there are no routed experts to return; set "
+            "objective.routing_replay to false"
+        )
+    return found.num_hidden_layers, found.num_experts_per_tok
+
+
+def routed_experts(encoded: str, layers: tuple[int, int], tokens: int) -> np.ndarray:
+    """uint16 [tokens - 1, L, k]: the experts of a sequence, `layers` being (L, k). Raises `ValueError`."""
+    found = np.frombuffer(pybase64.b64decode(encoded, validate=True), np.int32)
+    if found.size != (tokens - 1) * layers[0] * layers[1]:
+        raise ValueError(
+            f"got {found.size} routed experts, expected {tokens - 1} x {layers[0]} x {layers[1]}"
+        )
+    if found.size and not 0 <= found.min() <= found.max() < 1 << 16:
+        raise ValueError(f"got experts {found.min()} to {found.max()}, expected 0 to 65535")
+    return found.astype(np.uint16).reshape(tokens - 1, *layers)
+
+
+class _Experts(msgspec.Struct):
+    """The fields of config.json that are read."""
+
+    num_hidden_layers: int
+    num_experts_per_tok: int = 0
 
 
 class _Ends(msgspec.Struct):

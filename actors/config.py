@@ -9,12 +9,11 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
-BROKEN_PAUSES = {
-    "in_place": "answers would go on from caches of the old weights, and SGLang 0.5.18 does not say from "
-    "which token on, so that their log-probabilities could not be told apart",
-    "retract": "SGLang 0.5.18 cannot flush its cache in that state: the update ends the server",
-}
-"""Ways of SGLang's to pause that are wrong with the version of it that is used, and why."""
+IN_PLACE = (
+    "answers would go on from caches of the old weights, and no record could say so: their tokens are of "
+    "neither version"
+)
+"""Why one of SGLang's ways to pause is not taken."""
 
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 """The values of the sampling filters that leave the model's distribution as it is."""
@@ -39,8 +38,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds for the samples of one prompt, waiting in the server included."""
     pause: Literal["abort", "finish", "in_place", "retract"] = "abort"
     """What becomes of samples under way when a new version comes. `abort`: they are ended, keep their
-    tokens, and go on under the new one; `finish`: they are finished first. `in_place` and `retract`, which
-    SGLang has, too, are refused, with the reason."""
+    tokens, and go on under the new one; `finish`: they are finished first; `retract`: the server puts them
+    back into its queue and goes on by itself, which takes SGLang 0.5.21. `in_place`, which SGLang has, too,
+    is refused, with the reason."""
     update_timeout_s: Positive = 60.0
     """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
@@ -49,23 +49,39 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
 
     def __post_init__(self) -> None:
         """Refuse pauses that would falsify records. Raises `ValueError`; msgspec adds the path."""
-        if self.pause in BROKEN_PAUSES:
-            raise ValueError(f"pause: got {self.pause!r}: {BROKEN_PAUSES[self.pause]}; set abort or finish")
+        if self.pause == "in_place":
+            raise ValueError(f"pause: got 'in_place': {IN_PLACE}; set abort, finish or retract")
 
 
-class SamplingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """How answers are drawn: from the model's own distribution at a temperature, nothing cut away.
+class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How an engine draws answers."""
 
-    The record holds log-probabilities over the full vocabulary, which are those of the draw only then.
-    """
-
-    temperature: Positive = 1.0
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """0 takes the likeliest token."""
     max_new_tokens: Count = 64
     """Longest answer, tokens; one that reaches it finishes as `length`."""
     stop_token_ids: list[int] = []
     """Tokens that end an answer besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on past end-of-sequence tokens; for measuring."""
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that have this probability together."""
+    top_k: int = -1
+    """Draw among so many of the likeliest tokens; -1: all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a draw from nothing. Raises `ValueError` naming the field; msgspec adds the path."""
+        if self.top_k < 1 and self.top_k != -1:
+            raise ValueError(f"top_k: got {self.top_k}, expected 1 or more, or -1 for all tokens")
+
+
+class SamplingConfig(Sampling, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How answers are drawn: from the model's own distribution at a temperature, nothing cut away.
+
+    The record holds log-probabilities over the full vocabulary, which are those of the draw only then.
+    """
+
+    temperature: Positive = 1.0
     top_p: float = 1.0
     """Only 1."""
     top_k: int = -1
@@ -136,6 +152,13 @@ class AdaptiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, f
     """What the number is multiplied by when the engine is overloaded."""
 
 
+class Objective(msgspec.Struct, frozen=True):
+    """What an actor needs to know of the learner's objective."""
+
+    routing_replay: bool = False
+    """Have the engine return routed experts, and hand them in with every group."""
+
+
 class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What an actor does with its leases."""
 
@@ -163,3 +186,55 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
                 f"concurrency: got {self.concurrency}, expected {bounds.least} to {bounds.most}, which are "
                 "adaptive.least and adaptive.most; change one of the three"
             )
+
+
+class EvaluationSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How answers are drawn that are only looked at: nothing is trained on them, so filters are allowed.
+
+    What is not here is as in `rollout.sampling`.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.6
+    """0 takes the likeliest token, so that all samples of a question are equal."""
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Longest answer, tokens; 0: `rollout.sampling.max_new_tokens`."""
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+    """Draw among the likeliest tokens that have this probability together."""
+    top_k: int = 20
+    """Draw among so many of the likeliest tokens; -1: all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a draw from nothing. Raises `ValueError`; msgspec adds the path."""
+        self.of(SamplingConfig())
+
+    def of(self, training: SamplingConfig) -> Sampling:
+        """All of it, for an engine."""
+        return Sampling(
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens or training.max_new_tokens,
+            stop_token_ids=training.stop_token_ids,
+            ignore_eos=training.ignore_eos,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+
+class EvaluationConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """How well a version answers, measured beside training, see docs/evaluation.md."""
+
+    every: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Versions that are multiples of this, 0 among them, are evaluated while the run goes on; 0: none."""
+    start: bool = True
+    """`launch demo` and `launch learner` start the evaluator beside the learner; false: `launch eval --watch`
+    is started by hand, such as on a GPU of its own."""
+    data: str = ""
+    """Questions, as `data.path`; empty: `data.held_out`, else the training questions."""
+    questions: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """At most so many of them, in an order that never changes; 0: all."""
+    samples: Count = 8
+    """Answers to each question, K."""
+    sampling: EvaluationSampling = EvaluationSampling()
+    threshold: float = 1.0
+    """An answer whose reward is at least this passes."""
+    concurrency: Count = 8
+    """Questions that are asked at the same time."""

@@ -12,7 +12,8 @@ Worked example: prompt ``[5, 6]``, at most 4 tokens, new weights in mid-answer::
 
 The seed stays the same: a drawn number is a function of the seed and the position in the sequence, and
 each position is drawn once. So an answer that is interrupted without new weights comes out as if it
-had not been.
+had not been. Of routed experts each part adds those of its own tokens' predictors: in the example the
+first part's of 5, 6, 7, the second's of 8.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Literal
 
 import msgspec
+import numpy as np
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.errors import EngineError
 
 FRUITLESS = 20
@@ -42,6 +44,9 @@ class Completion(msgspec.Struct, frozen=True):
     labels: list[tuple[int, str]]
     """Runs of tokens and the label of the version that wrote them; lengths sum to that of `tokens`,
     neighbours differ."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k], T with the prompt: the experts that each token but the last was sent to, when the
+    token after it was drawn; None: not asked for."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -51,8 +56,10 @@ class Part(msgspec.Struct, frozen=True):
     logprobs: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     """`abort`: ended before its time, to be continued."""
-    label: str
-    """Of the version that the engine served."""
+    labels: list[tuple[int, str]]
+    """As in `Completion`."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k], T with the context: experts of each token; None: not asked for."""
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -73,7 +80,7 @@ async def complete(
     generate: Generate,
     prompt: Sequence[int],
     seeds: Sequence[int],
-    sampling: SamplingConfig,
+    sampling: Sampling,
     ends: Collection[int],
 ) -> list[Completion]:
     """Answers one prompt once for each seed, through any number of interruptions; in the order of seeds.
@@ -91,14 +98,13 @@ async def complete(
 class _Draft:
     """One answer under way."""
 
-    def __init__(
-        self, prompt: Sequence[int], seed: int, sampling: SamplingConfig, ends: Collection[int]
-    ) -> None:
+    def __init__(self, prompt: Sequence[int], seed: int, sampling: Sampling, ends: Collection[int]) -> None:
         self._prompt, self._seed, self._most = list(prompt), seed, sampling.max_new_tokens
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._labels: list[tuple[int, str]] = []
+        self._routed: list[np.ndarray] = []
         self._fruitless = 0
         self.finish_reason: Literal["stop", "length", ""] = ""
         """Empty while it is to go on."""
@@ -109,8 +115,11 @@ class _Draft:
     def add(self, part: Part) -> None:
         self._tokens += part.tokens
         self._logprobs += part.logprobs
-        if part.tokens:
-            self._label(len(part.tokens), part.label)
+        for length, label in part.labels:
+            self._label(length, label)
+        if part.tokens and part.routed is not None:
+            # What went before was fed again, to newer weights; what counts is when its token was drawn.
+            self._routed.append(part.routed[sum(map(len, self._routed)) :])
         if part.finish_reason != "abort":
             self.finish_reason = part.finish_reason
         elif part.tokens and part.tokens[-1] in self._ends:
@@ -127,9 +136,11 @@ class _Draft:
 
     def completion(self) -> Completion:
         assert self.finish_reason
-        return Completion(self._tokens, self._logprobs, self.finish_reason, self._labels)
+        routed = np.concatenate(self._routed) if self._routed else None
+        return Completion(self._tokens, self._logprobs, self.finish_reason, self._labels, routed)
 
     def _label(self, length: int, label: str) -> None:
         if self._labels and self._labels[-1][1] == label:
             length += self._labels.pop()[0]
-        self._labels.append((length, label))
+        if length:
+            self._labels.append((length, label))

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import aiohttp
 import msgspec
 import numpy as np
 
-from actors.answers import Answer, Loads, end_tokens
+from actors.answers import Answer, Loads, end_tokens, expert_layers, routed_experts
+from actors.calls import LOADS, Calls
 from actors.concurrency import Load
-from actors.config import EngineConfig, SamplingConfig
+from actors.config import EngineConfig, Sampling
 from actors.continuation import Ask, Completion, Part, complete
 from actors.errors import EngineError
 from actors.gate import Gate
@@ -40,12 +40,6 @@ PROBE_S = 5.0
 _NOTHING = "gARdlC4="
 """An empty list in the form in which SGLang takes tensors; the ticket says what to load."""
 
-LOADS = "/v1/loads?include=core"
-"""Where the server says how much it has to do."""
-KEEP_ALIVE_S = 2.0
-"""How long an idle connection is kept: less than the server's 5 s, or a call may go out on one that the
-server is closing and fail."""
-
 
 class Loaded(msgspec.Struct, frozen=True):
     """How a version was loaded."""
@@ -60,15 +54,19 @@ class Engine:
     """A running server with its HTTP client. Made by `start`; ended by `stop` or `kill`."""
 
     def __init__(
-        self, server: Server, config: EngineConfig, url: str, keys: tuple[str, str], ends: frozenset[int]
+        self,
+        server: Server,
+        config: EngineConfig,
+        calls: Calls,
+        ends: frozenset[int],
+        experts: tuple[int, int] | None = None,
     ) -> None:
-        """Use `start`. `ends`: the model's end-of-sequence tokens."""
-        self._server, self._config, self._keys, self._ends = server, config, keys, ends
+        """Use `start`. `ends`: the model's end-of-sequence tokens; `experts`: L and k, if returned."""
+        self._server, self._config, self._calls = server, config, calls
+        self._ends, self._experts = ends, experts
         self.gate = Gate()
         """Where requests wait while new weights go in."""
-        self._label, self._ticket = "", 0
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        self._http = aiohttp.ClientSession(url, connector=connector)
+        self._label, self._ticket, self._brackets = "", 0, False
 
     @classmethod
     async def start(
@@ -80,6 +78,7 @@ class Engine:
         seed: int,
         log: Path,
         load_format: Literal["dummy", "auto"] = "dummy",
+        routed: bool = False,
     ) -> Engine:
         """Start a server on a free port of the loopback and wait until it answers.
 
@@ -90,6 +89,7 @@ class Engine:
             seed: the server's own random seed; answers depend on the seeds of `generate` alone.
             log: file for the server's output, replaced.
             load_format: `dummy` fills in random weights, `auto` reads the folder's safetensors.
+            routed: return with every answer the experts that its tokens were sent to.
 
         Raises `EngineError` with what the log says last; nothing of the server is left then.
         """
@@ -97,10 +97,18 @@ class Engine:
             raise EngineError(
                 f"engine {name}: no config.json in {model}, expected a Hugging Face model folder"
             )
+        if routed and config.pause == "retract":
+            raise EngineError(
+                f"engine {name}: engine.pause: got 'retract' with objective.routing_replay, where the server "
+                "would return the experts of new weights for old tokens; set abort or finish"
+            )
+        experts = expert_layers(model) if routed else None
         port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
-        arguments = command(model, config, port=port, seed=seed, load_format=load_format, keys=keys)
+        arguments = command(
+            model, config, port=port, seed=seed, load_format=load_format, keys=keys, routed=routed
+        )
         server = await Server.start(name, log, arguments, environment(config))
-        engine = cls(server, config, f"http://127.0.0.1:{port}", keys, end_tokens(model))
+        engine = cls(server, config, Calls(name, port, keys), end_tokens(model), experts)
         try:
             await engine._ready()
         except BaseException:
@@ -118,9 +126,7 @@ class Engine:
         """Exit status of the server; None while it runs."""
         return self._server.returncode
 
-    async def generate(
-        self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Completion]:
+    async def generate(self, prompt: list[int], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """Answer one prompt once for each seed; the answers come in the order of the seeds.
 
         A seed (0 <= seed < 2^63) repeats its answer under the same weights. Answers live through updates,
@@ -135,11 +141,14 @@ class Engine:
                     "stop_token_ids": sampling.stop_token_ids,
                     "ignore_eos": sampling.ignore_eos,
                     "sampling_seed": ask.seed,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
                 }
                 for ask in asks
             ]
-            answers = await self._generate([ask.context for ask in asks], parameters)
-            return [self._part(answer) for answer in answers]
+            options = {"return_routed_experts": True} if self._experts else {}
+            answers = await self._generate([ask.context for ask in asks], parameters, **options)
+            return [self._part(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
 
         return await complete(generate, prompt, seeds, sampling, self._ends)
 
@@ -158,12 +167,12 @@ class Engine:
 
     async def load(self) -> Load:
         """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""
-        content = await self._request("GET", LOADS, None, PROBE_S)
+        content = await self._calls.get(LOADS, PROBE_S)
         try:
             ranks = msgspec.json.decode(content, type=Loads).loads
         except msgspec.DecodeError as error:
             raise EngineError(
-                f"engine {self._server.name}: {LOADS}: {error}; is it SGLang 0.5.18?"
+                f"engine {self._calls.name}: {LOADS}: {error}; is it SGLang 0.5.18 to 0.5.23?"
             ) from error
         return Load(
             sum(rank.num_running_reqs for rank in ranks),
@@ -184,7 +193,7 @@ class Engine:
             "group_name": group,
             "backend": "gloo",
         }
-        await self._post("/init_weights_update_group", body, self._config.update_timeout_s)
+        await self._calls.post("/init_weights_update_group", body, self._config.update_timeout_s)
 
     async def update_weights(self, *, group: str, manifest: Manifest) -> None:
         """Receive a version through the group as one broadcast, and serve it.
@@ -199,10 +208,9 @@ class Engine:
             "group_name": group,
             "load_format": "flattened_bucket",
             "weight_version": manifest.label,
-            "flush_cache": False,
         }
         async with self.idle():
-            await self._post("/update_weights_from_distributed", body, self._config.update_timeout_s)
+            await self._update("/update_weights_from_distributed", body)
             self._label = manifest.label
 
     async def load_weights(self, held: Held, *, check: bool) -> Loaded:
@@ -218,16 +226,20 @@ class Engine:
             self._ticket += 1
             way = await self._obey(Ticket(self._ticket, held.image.path, held.encoded, check))
             label = {"new_version": held.manifest.label, "abort_all_requests": False}
-            await self._post("/update_weight_version", label, self._config.update_timeout_s)
+            await self._calls.post("/update_weight_version", label, self._config.update_timeout_s)
             self._label = held.manifest.label
         return Loaded(clock() - began, way)
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
-        """Nothing is generated within the block: samples under way are ended, or finished, before it.
+        """Nothing is generated within the block: samples under way are ended, finished or put back before it.
 
-        Ended ones keep their tokens, and go on by themselves after it.
+        Those not finished keep their tokens, and go on by themselves after it.
         """
+        if self._config.pause == "retract":
+            async with self.gate.shut(), self._retracted():
+                yield
+            return
         end = self._abort if self._config.pause == "abort" else None
         async with self.gate.closed(end, self._config.update_timeout_s):
             yield
@@ -237,14 +249,14 @@ class Engine:
         if self.returncode is not None:
             return False
         try:
-            await self._request("GET", "/model_info", None, PROBE_S)
+            await self._calls.get("/model_info", PROBE_S)
         except EngineError:
             return False
         return True
 
     async def stop(self) -> None:
         """End the server's whole process group and remove its files."""
-        await self._http.close()
+        await self._calls.close()
         await self._server.stop()
 
     def kill(self) -> None:
@@ -261,18 +273,16 @@ class Engine:
         body = {
             "serialized_named_tensors": [_NOTHING] * count,
             "load_format": LOADER,
-            # Prefixes are cached under the version's name; a flush that finds a request ends the server.
-            "flush_cache": False,
         }
-        await self._post("/update_weights_from_tensor", body, self._config.update_timeout_s)
+        await self._update("/update_weights_from_tensor", body)
         found = reports(self._server.folder, ticket.number)
         problems = [report.problem for report in found if report.problem]
         if len(found) == count and not problems:
             return f"{found[0].way}: {found[0].reason}" if found[0].reason else found[0].way
         told = "; ".join(problems) or f"got {len(found)} reports, expected one of each of {count} ranks"
         if len(problems) == count and not any(report.touched for report in found):
-            raise Untouched(f"engine {self._server.name}: {told}")
-        raise EngineError(f"engine {self._server.name}: half of a version may be loaded: {told}; kill it")
+            raise Untouched(f"engine {self._calls.name}: {told}")
+        raise EngineError(f"engine {self._calls.name}: half of a version may be loaded: {told}; kill it")
 
     async def _ready(self) -> None:
         """Wait until the server answers."""
@@ -281,10 +291,42 @@ class Engine:
             if self.returncode is not None or asyncio.get_running_loop().time() > deadline:
                 raise self._server.failure()
             await asyncio.sleep(POLL_S)
+        self._brackets = await self._calls.knows("/begin_weight_update", PROBE_S)
+        if self._config.pause == "retract" and not self._brackets:
+            raise EngineError(
+                f"engine {self._calls.name}: engine.pause: got 'retract', and this SGLang ends when it "
+                "is to flush its cache then; set abort or finish, or use SGLang 0.5.21 or later"
+            )
+
+    async def _update(self, path: str, body: dict[str, Any]) -> None:
+        """Have the server change its weights, between a beginning and an end where it wants them said."""
+        timeout_s = self._config.update_timeout_s
+        # Prefixes are cached under the version's name, so that a flush is wanted only where requests that
+        # have begun under another name are still there; where some are running it ends the server.
+        body["flush_cache"] = self._config.pause == "retract"
+        if self._brackets:
+            await self._calls.post("/begin_weight_update", {}, timeout_s)
+        await self._calls.post(path, body, timeout_s)
+        if self._brackets:
+            await self._calls.post("/end_weight_update", {}, timeout_s)
+
+    @asynccontextmanager
+    async def _retracted(self) -> AsyncIterator[None]:
+        """Every request is back in the server's queue within the block, with its tokens and no state."""
+        timeout_s = self._config.update_timeout_s
+        await self._calls.post("/pause_generation", {"mode": "retract"}, timeout_s)
+        try:
+            yield
+        except Untouched:
+            await self._calls.post("/continue_generation", {}, timeout_s)
+            raise
+        await self._calls.post("/continue_generation", {}, timeout_s)
 
     async def _abort(self) -> None:
         """End every request; each is answered with its tokens so far."""
-        await self._post("/abort_request", {"rid": "", "abort_all": True}, self._config.update_timeout_s)
+        await self._calls.post(
+            "/abort_request", {"rid": "", "abort_all": True}, self._config.update_timeout_s
+        )
 
     async def _generate(
         self, prompts: list[list[int]], parameters: list[dict[str, Any]], **options: int
@@ -299,52 +341,34 @@ class Engine:
                 "extra_key": self._label,
                 **options,
             }
-            content = await self._post("/generate", body, self._config.request_timeout_s)
+            content = await self._calls.post("/generate", body, self._config.request_timeout_s)
         try:
             answers = msgspec.json.decode(content, type=list[Answer])
         except msgspec.DecodeError as error:
             raise EngineError(
-                f"engine {self._server.name}: /generate: {error}; is it SGLang 0.5.18?"
+                f"engine {self._calls.name}: /generate: {error}; is it SGLang 0.5.18 to 0.5.23?"
             ) from error
         if len(answers) != len(prompts):
             raise EngineError(
-                f"engine {self._server.name}: /generate: got {len(answers)} answers, expected {len(prompts)}"
+                f"engine {self._calls.name}: /generate: got {len(answers)} answers, expected {len(prompts)}"
             )
         return answers
 
-    def _part(self, answer: Answer) -> Part:
+    def _part(self, ask: Ask, answer: Answer) -> Part:
         """The answer as a part of a completion, after checking that it is whole."""
         meta = answer.meta_info
         reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
         values = [value for value, *_ in logprobs if value is not None]
         if [token for _, token, _ in logprobs] != answer.output_ids or len(values) != len(logprobs):
             raise EngineError(
-                f"engine {self._server.name}: got {len(values)} log-probabilities, "
+                f"engine {self._calls.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"
             )
-        return Part(answer.output_ids, values, reason, meta.weight_version)
-
-    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
-        """POST with the admin key where the path asks for it."""
-        return await self._request("POST", path, msgspec.json.encode(body), timeout_s)
-
-    async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
-        """The body of a good answer."""
-        key = self._keys[0] if path in ("/generate", "/model_info", LOADS) else self._keys[1]
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        try:
-            async with self._http.request(
-                method, path, data=data, headers=headers, timeout=timeout
-            ) as answer:
-                content = await answer.read()
-        except TimeoutError as error:
-            raise EngineError(
-                f"engine {self._server.name}: {path}: no answer within {timeout_s:g} s; kill the engine"
-            ) from error
-        except aiohttp.ClientError as error:
-            raise EngineError(f"engine {self._server.name}: {path}: {error}; is the server gone?") from error
-        if answer.status != 200:
-            text = content[:300].decode(errors="replace")
-            raise EngineError(f"engine {self._server.name}: {path}: status {answer.status}: {text}")
-        return content
+        routed = None
+        if self._experts and answer.output_ids:
+            tokens = len(ask.context) + len(answer.output_ids)
+            try:
+                routed = routed_experts(meta.routed_experts, self._experts, tokens)
+            except ValueError as error:
+                raise EngineError(f"engine {self._calls.name}: /generate: {error}") from error
+        return Part(answer.output_ids, values, reason, answer.labels(), routed)

@@ -69,17 +69,23 @@ class Gate:
         `end` is to end the requests within; it is called every `AGAIN_S`. None: they are waited for.
         Raises `EngineError` after `timeout_s`.
         """
+        async with self.shut():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._emptied(end)
+            except TimeoutError as error:
+                self._reopen()
+                raise EngineError(
+                    f"{self._within} requests did not end within {timeout_s:g} s; "
+                    "set engine.pause = 'abort', or raise engine.update_timeout_s above the longest answer"
+                ) from error
+            yield
+
+    @asynccontextmanager
+    async def shut(self) -> AsyncIterator[None]:
+        """No request passes within the block, and those within stay there; opens as `closed` does."""
         self._open.clear()
         self.changed()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._emptied(end)
-        except TimeoutError as error:
-            self._reopen()
-            raise EngineError(
-                f"{self._within} requests did not end within {timeout_s:g} s; "
-                "set engine.pause = 'abort', or raise engine.update_timeout_s above the longest answer"
-            ) from error
         try:
             yield
         except Untouched:

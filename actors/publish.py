@@ -8,6 +8,7 @@ from actors.errors import EngineError
 from buffer.client import AsyncStream
 from buffer.codec import encode
 from buffer.errors import RecordError, RedisFull
+from buffer.routed import detach, discard, store
 from buffer.schema import Group
 from buffer.stream import Publish, Published
 
@@ -22,18 +23,25 @@ def teaches_nothing(group: Group) -> bool:
 
 
 async def publish(stream: AsyncStream, group: Group, *, epoch: str, token: str) -> Published:
-    """Encodes the group and publishes it under its lease; asks again after a lost reply or a full server.
+    """Encodes the group and publishes it under its lease, its routed experts first; asks again after a lost
+    reply or a full server.
 
     Raises `EngineError` if the engine's answer makes no valid record, such as a log-probability that
     is not a number.
     """
     try:
+        group, chunks = detach(group)
         payload = encode(group)
     except RecordError as error:
         raise EngineError(f"the engine's answer makes no valid record: {error}") from error
-    call = Publish.of(group, epoch=epoch, token=token, size=len(payload))
+    size = len(payload) + sum(map(len, chunks))
+    call = Publish.of(group, epoch=epoch, token=token, size=size)
     while True:
         try:
-            return await stream.publish(call, payload)
+            await store(stream, group.id, chunks)
+            answer = await stream.publish(call, payload)
+            if chunks and answer.status != "ok":
+                await discard(stream, group.id)
+            return answer
         except RedisFull:
             await asyncio.sleep(BACK_OFF_S)  # the learner drains; a lease that ends meanwhile makes it late

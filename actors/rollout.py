@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 import xxhash
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.environments import Environment
 from actors.environments.policy import Batcher, Generator, Policy, Text
 from actors.errors import ActorError, Cause, EngineError, RewardError, SampleError
@@ -42,7 +42,7 @@ class Recipe(msgspec.Struct, frozen=True):
     actor_epoch: int
     run_seed: int
     group_size: int
-    sampling: SamplingConfig
+    sampling: Sampling
     environment: Environment
     timeout_s: float
     """Seconds for one conversation."""
@@ -60,18 +60,23 @@ def request_seed(run_seed: int, position: int, attempt: int, sample: int, turn: 
     return xxhash.xxh3_64_intdigest(numbers) & 0x7FFFFFFF
 
 
-async def rollout(
-    engine: Generator, lease: Lease, recipe: Recipe, generated: Callable[[], None] = lambda: None
-) -> Group:
-    """Generates and scores the group of a lease; each sample is scored when its conversation has ended.
+Scored = tuple[Trajectory, Verdict]
+"""A sample and what it earns."""
 
-    `generated` is called when the last conversation has, while samples are still being scored.
-    A sample whose environment or reward function failed is invalid and left out of the group, which then
-    has fewer than G. Raises `EngineError` if the engine fails or returns what cannot be trained,
-    `RewardError` if fewer than 2 samples are valid, `LoadError` if the reward cannot be loaded at all.
+
+async def answers(
+    engine: Generator,
+    prompt: Prompt,
+    seed: Callable[[int, int], int],
+    recipe: Recipe,
+    generated: Callable[[], None] = lambda: None,
+) -> list[Scored | SampleError]:
+    """The G conversations about a prompt, each scored when it has ended, or why it is not.
+
+    `seed` is that of (sample, turn); `generated` is called when the last conversation has ended, while
+    samples are still being scored. Raises `EngineError`, and `LoadError` if the reward cannot be loaded at
+    all.
     """
-    assert lease.prompt is not None
-    prompt, started = lease.prompt, time.time()
     batcher, talking = Batcher(engine), set(range(recipe.group_size))
 
     def ended(index: int) -> None:
@@ -80,11 +85,27 @@ async def rollout(
             generated()
 
     try:
-        made = await _all(
-            _sample(batcher, lease, prompt, recipe, index, ended) for index in range(recipe.group_size)
+        return await _all(
+            _sample(batcher, partial(seed, index), prompt, recipe, partial(ended, index))
+            for index in range(recipe.group_size)
         )
     finally:
         await batcher.close()
+
+
+async def rollout(
+    engine: Generator, lease: Lease, recipe: Recipe, generated: Callable[[], None] = lambda: None
+) -> Group:
+    """Generates and scores the group of a lease; `generated` is that of `answers`.
+
+    A sample whose environment or reward function failed is invalid and left out of the group, which then
+    has fewer than G. Raises `EngineError` if the engine fails or returns what cannot be trained,
+    `RewardError` if fewer than 2 samples are valid, `LoadError` if the reward cannot be loaded at all.
+    """
+    assert lease.prompt is not None
+    prompt, started = lease.prompt, time.time()
+    seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt)
+    made = await answers(engine, prompt, seed, recipe, generated)
     valid = [sample for sample in made if not isinstance(sample, SampleError)]
     if len(valid) < SAMPLES_MIN:
         raise RewardError(_too_few(made, len(valid)))
@@ -105,9 +126,6 @@ async def rollout(
     )
 
 
-Scored = tuple[Trajectory, Verdict]
-
-
 async def _all(samples: Any) -> list[Scored | SampleError]:
     """The results in order; the first error that is not a sample's own ends the others."""
     tasks = [asyncio.create_task(sample) for sample in samples]
@@ -121,20 +139,18 @@ async def _all(samples: Any) -> list[Scored | SampleError]:
 
 async def _sample(
     batcher: Batcher,
-    lease: Lease,
+    seed: Callable[[int], int],
     prompt: Prompt,
     recipe: Recipe,
-    index: int,
-    ended: Callable[[int], None],
+    ended: Callable[[], None],
 ) -> Scored | SampleError:
     """One conversation and its verdict, or why it has none."""
-    seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt, index)
     policy = Policy(batcher, seed, recipe.sampling, len(prompt.tokens), recipe.text)
     try:
         try:
             trajectory = await _converse(recipe, prompt, policy)
         finally:
-            ended(index)
+            ended()
         text = recipe.text.decode(trajectory.final)
         verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
     except SampleError as error:

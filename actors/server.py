@@ -104,9 +104,17 @@ class Server:
 
 
 def command(
-    model: Path, config: EngineConfig, *, port: int, seed: int, load_format: str, keys: tuple[str, str]
+    model: Path,
+    config: EngineConfig,
+    *,
+    port: int,
+    seed: int,
+    load_format: str,
+    keys: tuple[str, str],
+    routed: bool = False,
 ) -> list[str]:
-    """The server's command line; `keys` are the API key and the admin API key."""
+    """The server's command line; `keys` are the API key and the admin API key, `routed` whether it can
+    return routed experts."""
     options: dict[str, str | int | float | bool] = {
         "model-path": str(model),
         "load-format": load_format,
@@ -127,6 +135,7 @@ def command(
         "enable-deterministic-inference": True,
         # Cached prefixes would have to be keyed by version; prompts are short against answers.
         "disable-radix-cache": True,
+        "enable-return-routed-experts": routed,
         "log-level": "warning",
     }
     if config.context_length is not None:

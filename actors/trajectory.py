@@ -42,6 +42,8 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
     """How many answer tokens are the policy's."""
     award: float | None
     """Sum of what the environment awarded; None if it awarded nothing."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k]: the experts of each token but the last; None: not returned."""
 
     def sample(self, reward: float, rewards: dict[str, float], versions: dict[str, int]) -> Sample:
         """The record of it; `versions` numbers the labels as the group's table does."""
@@ -54,6 +56,7 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
             reward=reward,
             rewards=rewards,
             finish_reason=self.finish_reason,
+            routed=self.routed,
         )
 
 
@@ -76,6 +79,7 @@ def lay_out(prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
         final=last.tokens,
         trained=sum(len(turn.tokens) for turn in own),
         award=sum(awards) if awards else None,
+        routed=_routed(len(prompt) + len(opening), answer),
     )
 
 
@@ -96,6 +100,24 @@ def _logprobs(turn: Turn) -> list[float]:
             "environment", "it changed the tokens of the policy's turn, which must stay as drawn"
         )
     return turn.completion.logprobs
+
+
+def _routed(length: int, turns: Sequence[Turn]) -> np.ndarray | None:
+    """The experts of `length` prompt tokens and the turns after them, as the turn that goes on from each has
+    them."""
+    parts: list[np.ndarray] = []
+    for turn in turns:
+        length += len(turn.tokens)
+        if turn.completion is not None and turn.completion.routed is not None:
+            got = len(turn.completion.routed)
+            if got != length - 1:
+                raise SampleError(
+                    "environment",
+                    f"it asked for a turn after {got + 1 - len(turn.tokens)} tokens, where its turns have "
+                    f"{length - len(turn.tokens)}; routed experts need the whole conversation each time",
+                )
+            parts.append(turn.completion.routed[sum(map(len, parts)) :])
+    return np.concatenate(parts) if parts else None
 
 
 def _runs(mask: list[bool]) -> list[int]:

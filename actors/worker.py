@@ -28,7 +28,7 @@ import msgspec
 import uvloop
 
 from actors.concurrency import Place, Slots, adapt
-from actors.config import EngineConfig, RolloutConfig
+from actors.config import EngineConfig, Objective, RolloutConfig
 from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True):
     rollout: RolloutConfig
     engine: EngineConfig
     weightsync: WeightSyncConfig = WeightSyncConfig()
+    objective: Objective = Objective()
 
 
 class Actor:
@@ -155,7 +156,12 @@ class Actor:
         started = time.monotonic()
         log_file = self._logs / f"{self._name}-engine.log"
         engine = await Engine.start(
-            self._model, self._settings.engine, name=self._name, seed=self._settings.seed, log=log_file
+            self._model,
+            self._settings.engine,
+            name=self._name,
+            seed=self._settings.seed,
+            log=log_file,
+            routed=self._settings.objective.routing_replay,
         )
         log.info("engine ready after %.1f s, waiting for weights", time.monotonic() - started)
         return engine

@@ -67,7 +67,7 @@ def settings(folder: Path, model: Path, steps: int) -> RunConfig:
 
 
 @contextmanager
-def scripted_actor(url: str, run: str, folder: Path) -> Iterator[None]:
+def scripted_actor(url: str, run: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that answers at once, to which no weights are sent."""
     told = ActorSettings(
         url=url, run=run, name="actor-0", log=str(folder / "actor.jsonl"), group_size=SAMPLES, lease_s=10,
@@ -76,7 +76,7 @@ def scripted_actor(url: str, run: str, folder: Path) -> Iterator[None]:
     argv = [sys.executable, "-m", "tests.faults.actor", msgspec.json.encode(told).decode()]
     process = subprocess.Popen(argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()

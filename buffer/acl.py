@@ -46,7 +46,7 @@ FUNCTION_KEYS = (
 """Keys that functions write, and the run's bare name, by which they are called. Redis tries patterns in this
 order, so those of `admit` and `publish` come first."""
 SHARDS = "/*"
-"""Stands for the payload shards of a run among a role's keys. Of all runs, `{*}:stream` means them, too."""
+"""Stands for a run's shards among a role's keys. Of all runs, `{*}:stream` and its like mean them, too."""
 
 
 class Role(msgspec.Struct, frozen=True):
@@ -83,7 +83,10 @@ ROLES = (
             "progress",
             "mail:*",
             "scores:*",
+            "routing",
+            "routed:*",
             "stop",
+            "evaluations",
             RUNS,
         ),
         reads=("difficulty",),
@@ -97,7 +100,10 @@ ROLES = (
             *(*FUNCTION_READS, *FUNCTION_WRITES),
             *("get", "smembers", "blpop", "expire", "incrby", "hincrbyfloat", "multi", "exec"),
         ),
-        writes=(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "difficulty", "actor_numbers", "fleet"),
+        writes=(
+            *(*FUNCTION_KEYS, SHARDS, "mail:*", "scores:*", "routing", "routed:*"),
+            *("difficulty", "actor_numbers", "fleet"),
+        ),
         reads=("config", "files", "progress", "stop", RUNS),
     ),
     Role(
@@ -114,11 +120,11 @@ ROLES = (
     ),
     Role(
         name="operator",
-        purpose="looks after runs: stops them, puts dead letters back, records",
+        purpose="looks after runs: stops them, puts dead letters back, records, evaluates",
         calls=("requeue", "join", "heartbeat", "leave"),
         looks=("snapshot",),
         commands=(*FUNCTION_READS, *FUNCTION_WRITES, "get", "smembers"),
-        writes=(*FUNCTION_KEYS, "stop", "fleet"),
+        writes=(*FUNCTION_KEYS, "stop", "fleet", "evaluations"),
         reads=(SHARDS, "*", RUNS),
     ),
 )
@@ -160,7 +166,7 @@ def _pattern(name: str, run: str) -> str:
     if name == RUNS:
         return RUNS
     if name == SHARDS:
-        return f"{{{tag}/*}}:stream"
+        return f"{{{tag}/*}}:*"
     return f"{{{tag}}}:{name}" if name else f"{{{tag}}}"
 
 

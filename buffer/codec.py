@@ -134,6 +134,9 @@ def _check_fields(group: Group, entry: str) -> None:
     require(bool(group.versions), "versions", "got none, expected at least one")
     for index, version in enumerate(group.versions):
         require(version.number >= 0, f"versions[{index}]", f"got {version.number}, expected 0 or more")
+    if (routed := group.routed) is not None:
+        sizes = (routed.layers, routed.chosen, routed.chunks)
+        require(min(sizes) > 0 and max(sizes) < 1 << 16, "routed", f"got {sizes}, expected 1 to 65535 each")
     require(bool(group.samples), "samples", "got none, expected at least one")
     for index, sample in enumerate(group.samples):
         problem = _sample_problem(sample, len(group.versions))
@@ -150,6 +153,8 @@ def _sample_problem(sample: Sample, versions: int) -> tuple[str, str] | None:
         return "logprobs", f"got {logprobs.dtype} of {logprobs.ndim} dimensions, expected float32 of one"
     if not 0 < sample.prompt_length <= len(tokens):
         return "prompt_length", f"got {sample.prompt_length} of {len(tokens)} tokens"
+    if sample.routed is not None:
+        return "routed", "got some, expected none in a record; `buffer.routed.detach` takes them out"
     if len(logprobs) != answer:
         return "logprobs", f"got {len(logprobs)}, expected {answer}, one an answer token"
     if min(sample.loss_runs, default=0) < 0 or sum(sample.loss_runs) != answer:

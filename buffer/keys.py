@@ -76,6 +76,14 @@ KEYS = (
         "until covered",
         "payloads, one entry a group; with shards `{run/s}:stream`",
     ),
+    Key("routing", "hash", "actors", "until covered", "group -> chunks of routed experts kept beside it"),
+    Key(
+        "routed",
+        "hash",
+        "actors",
+        "until covered",
+        "with `:<group>`: chunks of its routed experts; with shards `{run/s}:routed:<group>`",
+    ),
     Key("config", "string", "learner", "run", "the run's resolved configuration (JSON)"),
     Key("files", "hash", "learner", "run", "model config and tokenizer files by name"),
     Key("curriculum", "hash", "learner", "run", "epoch -> rows of the data it leaves out (JSON)"),
@@ -98,6 +106,7 @@ KEYS = (
         "run",
         "launcher -> its actors (JSON), and with `:wanted` how many it shall run",
     ),
+    Key("evaluations", "hash", "launch eval", "run", "figures of the newest evaluation of a version"),
     Key("stop", "string", "launch stop", "run", "set: no more leases, the learner ends after its step"),
 )
 
@@ -126,3 +135,14 @@ def shard_key(run: str, shard: int) -> str:
     '{demo/2}:stream'
     """
     return f"{{{run}/{shard}}}:stream"
+
+
+def routed_key(run: str, group: str, shards: int) -> str:
+    """The hash with the routed experts of a group, beside its payload; `shards` as of the run.
+
+    >>> routed_key("demo", "0000-0000000041-01", 0), routed_key("demo", "0000-0000000041-01", 1)
+    ('{demo}:routed:0000-0000000041-01', '{demo/0}:routed:0000-0000000041-01')
+    """
+    if not shards:
+        return key(run, f"routed:{group}")
+    return f"{{{run}/{shard_of(group, shards)}}}:routed:{group}"

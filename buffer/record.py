@@ -25,8 +25,9 @@ from buffer.client import Stream
 from buffer.codec import decode
 from buffer.errors import RecordError, StreamError
 from buffer.members import Rules
+from buffer.routed import attach
 from buffer.schema import Group
-from buffer.stream import read_frames
+from buffer.stream import read_frames, with_routed
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -58,14 +59,19 @@ class RecordedStep(msgspec.Struct, array_like=True):
     manifest: Manifest
     payloads: dict[str, bytes]
     """By group, of all that were trained."""
+    routed: dict[str, tuple[bytes, ...]] = {}
+    """By group, the chunks of its routed experts, of those that have some."""
 
-    def groups(self) -> list[Group]:
-        """The groups it trained, in canonical order. Raises `RecordError`."""
+    def groups(self, *, routed: bool = False) -> list[Group]:
+        """The groups it trained, in canonical order, on demand with routed experts. Raises `RecordError`."""
         rows = self.manifest.groups()
         missing = [row.group for row in rows if row.group not in self.payloads]
         if missing:
             raise RecordError("not in the step's file", field="payload", group=missing[0])
-        return [decode(self.payloads[row.group], entry=row.entry) for row in rows]
+        groups = [decode(self.payloads[row.group], entry=row.entry) for row in rows]
+        if not routed:
+            return groups
+        return [attach(group, self.routed.get(group.id, ())) for group in groups]
 
 
 class RecordFolder:
@@ -155,12 +161,16 @@ def fetch_step(stream: Stream, lineage: int, step: int) -> RecordedStep:
     if raw is None or digest is None:
         raise StreamError(f"step {step} is gone from Redis, or was never committed")
     manifest = msgspec.json.decode(raw, type=Manifest)
-    frames = read_frames(stream, manifest.groups())
+    frames = [
+        with_routed(stream, frame) if frame.group is not None and frame.group.routed else frame
+        for frame in read_frames(stream, manifest.groups())
+    ]
     for frame in frames:
         if frame.problem is not None:
             raise StreamError(f"step {step}: {frame.problem}")
     payloads = {frame.row.group: frame.payload for frame in frames}
-    return RecordedStep(lineage, step, digest.decode(), manifest, payloads)
+    routed = {frame.row.group: frame.chunks for frame in frames if frame.chunks}
+    return RecordedStep(lineage, step, digest.decode(), manifest, payloads, routed)
 
 
 def describe_run(stream: Stream, nonce: str, rules: dict[str, str]) -> RecordedRun:

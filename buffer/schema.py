@@ -66,6 +66,10 @@ class Sample(msgspec.Struct, array_like=True, eq=False):
     """The reward's named parts before weighting; empty when the function returned only a scalar."""
     finish_reason: str
     """`stop` (end of sequence or stop token) or `length` (token limit)."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k]: the k experts of each of L layers that the engine sent every token to but the
+    last, which it never fed; zeros for layers without experts. Never in the record, see `buffer.routed`;
+    absent: not returned by the engine, or not fetched."""
 
     @property
     def answer_length(self) -> int:
@@ -81,6 +85,17 @@ class Sample(msgspec.Struct, array_like=True, eq=False):
         """
         flags = np.arange(len(self.loss_runs)) % 2 == 0
         return np.repeat(flags, self.loss_runs)
+
+
+class Routed(msgspec.Struct, array_like=True, frozen=True):
+    """What a record says of its routed experts, which are kept beside it."""
+
+    layers: int
+    """L, layers of the model."""
+    chosen: int
+    """k, experts a token is sent to in a layer."""
+    chunks: int
+    """Pieces in which they are stored."""
 
 
 class Group(msgspec.Struct, array_like=True, tag=True, eq=False):
@@ -107,6 +122,8 @@ class Group(msgspec.Struct, array_like=True, tag=True, eq=False):
     finished: float
     """When the last sample had its reward, same clock; for timelines only."""
     samples: list[Sample]
+    routed: Routed | None = None
+    """The routed experts kept beside the record; absent: none."""
 
     @property
     def id(self) -> str:

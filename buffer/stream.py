@@ -13,6 +13,7 @@ from buffer.client import LIBRARY, PublishCall, Stream
 from buffer.codec import decode
 from buffer.errors import RecordError
 from buffer.keys import shard_key
+from buffer.routed import attach, read_chunks, sweep_chunks
 from buffer.schema import Group
 
 ORPHAN_S = 60.0
@@ -39,7 +40,7 @@ class Publish(PublishCall[Published], frozen=True):
     epoch: str
     token: str
     size: int
-    """Bytes of the payload."""
+    """Bytes of the payload and of the routed experts beside it."""
     version_min: int
     versions: tuple[str, ...]
     """`number:digest` of each version in the group's table."""
@@ -63,15 +64,21 @@ class Frame(msgspec.Struct, frozen=True):
     """The bytes as stored, empty if they are gone."""
     group: Group | None
     problem: RecordError | None
+    chunks: tuple[bytes, ...] = ()
+    """The routed experts as stored, if they were read and are whole."""
 
     @property
     def reason(self) -> str:
-        """The reason of a strike: `lost` if the payload is gone, else `poison`."""
-        return "poison" if self.payload else "lost"
+        """The reason of a strike: `lost` if the payload or part of it is gone, else `poison`."""
+        gone = self.problem is not None and self.problem.field == "payload"
+        return "lost" if gone else "poison"
 
 
-def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
-    """Each row's payload, in order, read by entry id in one round trip (a node), and decoded."""
+def read_frames(stream: Stream, rows: Sequence[Assignment], *, routed: bool = False) -> list[Frame]:
+    """Each row's payload, in order, read by entry id in one round trip (a node), and decoded.
+
+    `routed`: with the routed experts, in one more round trip a group; one that has none is a problem, too.
+    """
 
     def fetch() -> list[Any]:
         with stream.redis.pipeline(transaction=False) as pipe:
@@ -81,7 +88,21 @@ def read_frames(stream: Stream, rows: Sequence[Assignment]) -> list[Frame]:
             return pipe.execute()
 
     found = stream.patiently(fetch)
-    return [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
+    frames = [_frame(row, entries) for row, entries in zip(rows, found, strict=True)]
+    return [with_routed(stream, frame) for frame in frames] if routed else frames
+
+
+def with_routed(stream: Stream, frame: Frame) -> Frame:
+    """The frame with its group's routed experts, or with the problem there is with them."""
+    if frame.group is None:
+        return frame
+    try:
+        chunks = read_chunks(stream, frame.group)
+        group = attach(frame.group, chunks, entry=frame.row.entry)
+    except RecordError as problem:
+        return msgspec.structs.replace(frame, group=None, problem=problem)
+    whole = tuple(chunk for chunk in chunks if chunk is not None)
+    return msgspec.structs.replace(frame, group=group, chunks=whole)
 
 
 def _frame(row: Assignment, entries: Any) -> Frame:
@@ -101,9 +122,11 @@ def _frame(row: Assignment, entries: Any) -> Frame:
 
 
 def sweep(stream: Stream) -> int:
-    """Deletes payloads that nothing refers to: the shards' trash, and orphans of broken-off publishes.
+    """Deletes payloads that nothing refers to: the shards' trash, orphans of broken-off publishes, and the
+    routed experts of groups that are done with.
 
-    Returns how many. Meant for the learner, now and then; a second sweep at the same time does no harm.
+    Returns how many payloads. Meant for the learner, now and then; a second sweep at the same time does no
+    harm.
     """
     redis, trash_key = stream.redis, stream.key("trash")
     trash = stream.patiently(lambda: redis.lrange(trash_key, 0, 999))
@@ -113,6 +136,7 @@ def sweep(stream: Stream) -> int:
     if trash:
         # Should a lost reply make this trim twice, what it trims in vain is swept as an orphan.
         stream.patiently(lambda: redis.ltrim(trash_key, len(trash), -1))
+    sweep_chunks(stream)
     return len(trash) + sum(_sweep_orphans(stream, shard) for shard in range(max(1, stream.shards)))
 
 

@@ -105,6 +105,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--like", type=Path, metavar="FOLDER", help="mcore-to-hf: checkpoint to take config and dtypes from"
     )
 
+    evaluate = _command(subparsers, "eval", commands.evaluate, "ask a model questions: mean@k and pass@k")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="FOLDER | section.field=value",
+        help="a folder, such as runs/NAME/export, runs/NAME/weights/20 or a checkpoint; settings",
+    )
+    evaluate.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="FILE", help="TOML file; later ones win"
+    )
+    evaluate.add_argument("--data", metavar="FILE", help="questions (default: the run's held-out ones)")
+    evaluate.add_argument("--samples", type=int, metavar="K", help="answers to each (default: 8)")
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="0: greedy (default: 0.6)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object, last line")
+    evaluate.add_argument("--watch", action="store_true", help="evaluate the versions of a run as they come")
+    evaluate.add_argument("--run", help="with --watch: name of the run (default: the only one)")
+    _redis_option(evaluate)
+
     status = _command(subparsers, "status", commands.status, "a run as Redis knows it")
     verify = _command(
         subparsers, "verify", commands.verify, "prove that nothing is lost, trained twice or too old"

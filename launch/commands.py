@@ -33,7 +33,14 @@ def demo(args: argparse.Namespace) -> int:
 def learner(args: argparse.Namespace) -> int:
     """Trains a run on a Redis that is there."""
     from buffer.client import Stream
-    from launch.local import Interrupt, follow, follow_node, run_folder, start_learner
+    from launch.local import (
+        EvaluatorChild,
+        Interrupt,
+        follow,
+        follow_node,
+        run_folder,
+        start_learner,
+    )
     from launch.nodes import Nodes
     from launch.summary import conclude
     from launch.supervise import Supervisor
@@ -50,7 +57,9 @@ def learner(args: argparse.Namespace) -> int:
         if not nodes.leads:
             follow_node(ranks, interrupt)
             return 0
-        ledger = follow(stream, ranks, None, interrupt)
+        evaluator = EvaluatorChild(children, config, url)
+        ledger = follow(stream, ranks, None, interrupt, evaluator)
+        evaluator.finish(interrupt)
     return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
 
 
@@ -220,6 +229,13 @@ def status(args: argparse.Namespace) -> int:
     found = read_status(find_run(_url(args, ""), args.run))
     print(msgspec.json.encode(found).decode() if args.json else render(found))
     return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluates a folder, or with --watch the versions of a run as they come."""
+    from launch.eval_command import evaluate, watch
+
+    return watch(args, _url(args, "")) if args.watch else evaluate(args)
 
 
 def verify(args: argparse.Namespace) -> int:

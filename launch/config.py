@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from actors.config import EngineConfig, RolloutConfig
+from actors.config import EngineConfig, EvaluationConfig, RolloutConfig
 from buffer.config import RedisConfig, StreamConfig
 from launch.errors import LaunchError
 from learner.config import (
@@ -23,6 +23,7 @@ from learner.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SftConfig,
+    WeightsConfig,
 )
 from weightsync.config import WeightSyncConfig
 
@@ -45,12 +46,18 @@ class RunConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    weights: WeightsConfig = WeightsConfig()
     weightsync: WeightSyncConfig = WeightSyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def load(files: Iterable[Path], overrides: Iterable[str]) -> RunConfig:
-    """Later files and overrides win. Raises `LaunchError` naming the field and what is allowed."""
+def load(files: Iterable[Path], overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> RunConfig:
+    """Later files and overrides win, and all over `base`.
+
+    Raises `LaunchError` naming the field and what is allowed.
+    """
     tree: dict[str, Any] = {}
+    _merge(tree, base or {})
     for path in files:
         try:
             _merge(tree, tomllib.loads(path.read_text()))
@@ -79,7 +86,7 @@ def to_json(config: RunConfig) -> bytes:
     return msgspec.json.format(msgspec.json.encode(config), indent=2)
 
 
-def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
     for name, value in other.items():
         if isinstance(value, dict) and isinstance(tree.get(name), dict):
             _merge(tree[name], value)

@@ -19,7 +19,14 @@ from launch.arithmetic import write_arithmetic
 from launch.config import RunConfig
 from launch.errors import LaunchError
 from launch.fleet import Fleet
-from launch.local import Interrupt, follow, run_folder, start_learner, start_recorder
+from launch.local import (
+    EvaluatorChild,
+    Interrupt,
+    follow,
+    run_folder,
+    start_learner,
+    start_recorder,
+)
 from launch.nodes import Nodes
 from launch.summary import Summary, conclude
 from launch.supervise import Supervisor
@@ -76,8 +83,10 @@ def run_demo(
         recorder = start_recorder(children, config.name, server.socket_url, folder) if record else None
         learner = start_learner(children, config, server.socket_url, folder, Nodes())
         fleet = Fleet(children, stream, server.socket_url, folder / "logs", actors)
-        ledger = follow(stream, learner, fleet, interrupt)
+        evaluator = EvaluatorChild(children, config, server.socket_url)
+        ledger = follow(stream, learner, fleet, interrupt, evaluator)
         fleet.stop()
+        evaluator.finish(interrupt)
         if recorder is not None:
             recorder.process.wait(_RECORD_S)
             print(recorder.last_words(), file=sys.stderr)

@@ -88,8 +88,45 @@ class Progress:
             print(file=sys.stderr)
 
 
+class EvaluatorChild:
+    """The process that evaluates versions of a run while it trains, if `evaluation.every` asks for one.
+
+    It ends by itself with the run, so it is started once the run is seen to go on: one that is resumed still
+    says that it ended.
+    """
+
+    def __init__(self, children: Supervisor, config: RunConfig, url: str) -> None:
+        self._children, self._config, self._url = children, config, url
+        self._child: Child | None = None
+
+    def begin(self) -> None:
+        """Starts it, once."""
+        name, settings = self._config.name, self._config.evaluation
+        if self._child is None and settings.every and settings.start:
+            argv = [sys.executable, "-m", "launch.cli", "eval", "--watch", "--run", name]
+            log = run_folder(name) / "logs" / "evaluator.log"
+            self._child = self._children.start("evaluator", argv, process_environment(self._url), log)
+
+    def finish(self, interrupt: Interrupt) -> None:
+        """Waits for the evaluation of the last version; Ctrl-C ends the wait. Says so if it failed."""
+        self.begin()
+        if self._child is None:
+            return
+        progress = Progress()
+        while self._child.returncode is None and not interrupt.asked:
+            progress.show("the run is over; its last version is being evaluated (Ctrl-C leaves that out) ...")
+            time.sleep(_LOOK_S)
+        progress.close()
+        if self._child.returncode:
+            print(f"evaluator: {self._child.last_words()}  (log: {self._child.log})", file=sys.stderr)
+
+
 def follow(
-    stream: Stream, ranks: Sequence[Child], fleet: Fleet | None, interrupt: Interrupt
+    stream: Stream,
+    ranks: Sequence[Child],
+    fleet: Fleet | None,
+    interrupt: Interrupt,
+    evaluator: EvaluatorChild,
 ) -> Ledger | None:
     """Shows progress and tends the actors of `fleet` until the learner's rank 0 ends; the last snapshot, None
     if there never was a run.
@@ -108,6 +145,8 @@ def follow(
             told = True
         ledger = _look(stream) or ledger
         seen |= ledger.actors if ledger is not None else {}
+        if ledger is not None and not ledger.state["ended"]:
+            evaluator.begin()
         progress.show(progress_line(of_ledger(stream.run, ledger)) if ledger else "starting ...")
         if fleet is not None:
             fleet.tend()

@@ -21,7 +21,7 @@ def plot_run(folder: Path, max_staleness: int) -> list[Path]:
     if not steps:
         return []
     return [
-        _reward(folder / "reward.png", steps),
+        _reward(folder / "reward.png", steps, read_jsonl(folder / "evaluations.jsonl")),
         _staleness(folder / "staleness.png", steps, max_staleness),
         _timeline(folder / "timeline.png", read_jsonl(folder / "timeline.jsonl")),
     ]
@@ -46,7 +46,8 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _reward(path: Path, steps: list[dict[str, Any]]) -> Path:
+def _reward(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> Path:
+    """Reward by step; with evaluations, how well the version that a step trained from answered them."""
     figure, axes = _axes("Mean reward of the groups a step trained", "step", "reward")
     across = [step["step"] for step in steps]
     rewards = [math.nan if step["reward_mean"] is None else step["reward_mean"] for step in steps]
@@ -55,6 +56,19 @@ def _reward(path: Path, steps: list[dict[str, Any]]) -> Path:
     ]
     axes.plot(across, rewards, color=_FAINT, linewidth=1, label="step")
     axes.plot(across, smooth, color=_INK, linewidth=2, label=f"mean of {_WINDOW} steps")
+    by_version = {found["version"]: found for found in evaluations}  # after a fork the later one counts
+    if newest := [by_version[version] for version in sorted(by_version)]:
+        axes.errorbar(
+            [found["version"] for found in newest],
+            [found["mean_at_k"] for found in newest],
+            yerr=[found["standard_error"] or 0.0 for found in newest],
+            color=_ACCENT,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.2,
+            label=f"evaluation, mean@{newest[-1]['samples']} of the version",
+        )
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, loc="lower right")
     return _save(figure, path)

@@ -62,6 +62,40 @@ class ActorStatus(msgspec.Struct, frozen=True):
     """How the version it serves came: `shm`, `delta`, `peer`, `disk`, `gloo`; empty for stock."""
 
 
+class EvaluationStatus(msgspec.Struct, frozen=True):
+    """The newest evaluation of the run."""
+
+    version: int
+    samples: int
+    """K, answers to each question."""
+    mean_at_k: float
+    pass_at_k: dict[int, float]
+    skipped: list[int]
+    """Versions that were to be evaluated before it, and were not."""
+
+    @classmethod
+    def of(cls, figures: dict[bytes, bytes]) -> EvaluationStatus | None:
+        """What `{run}:evaluations` says."""
+        if not figures:
+            return None
+        plain = {name.decode(): msgspec.Raw(value) for name, value in figures.items()}
+        wanted = {name: plain[name] for name in cls.__struct_fields__}
+        return msgspec.json.decode(msgspec.json.encode(wanted), type=cls)
+
+    def line(self) -> str:
+        """It in one line.
+
+        >>> EvaluationStatus(40, 8, 0.5, {1: 0.5, 8: 0.75}, [20]).line()
+        'version 40: mean@8 0.500, pass@8 0.750; skipped 20'
+        """
+        skipped = f"; skipped {', '.join(map(str, self.skipped))}" if self.skipped else ""
+        best = max(self.pass_at_k)
+        return (
+            f"version {self.version}: mean@{self.samples} {self.mean_at_k:.3f}, "
+            f"pass@{best} {self.pass_at_k[best]:.3f}{skipped}"
+        )
+
+
 class Status(msgspec.Struct, frozen=True):
     """A run at one instant."""
 
@@ -85,11 +119,15 @@ class Status(msgspec.Struct, frozen=True):
     conserved: bool
     """Whether admitted = leased + queued + assigned + trained + dropped."""
     actors: list[ActorStatus]
+    evaluation: EvaluationStatus | None = None
+    """Of a version, the newest there is; null before the first."""
 
 
 def read_status(stream: Stream) -> Status:
-    """The status of a run, from one atomic snapshot. Raises `NoRun`, `RedisUnavailable`."""
-    return of_ledger(stream.run, stream.call(Snapshot()))
+    """A run's status, from one atomic snapshot, and its evaluation. Raises `NoRun`, `RedisUnavailable`."""
+    status = of_ledger(stream.run, stream.call(Snapshot()))
+    found: Any = stream.redis.hgetall(stream.key("evaluations"))
+    return msgspec.structs.replace(status, evaluation=EvaluationStatus.of(found))
 
 
 def of_ledger(run: str, ledger: Ledger) -> Status:
@@ -151,6 +189,8 @@ def render(status: Status) -> str:
         f"groups     {status.groups.identity(status.conserved)}",
         f"tokens/s   {_shown(status.tokens_per_second, '.0f')}",
     ]
+    if status.evaluation is not None:
+        lines.append(f"evaluated  {status.evaluation.line()}")
     for actor in status.actors:
         lines.append(
             f"{actor.name:<10} {actor.state}, version {actor.version}, {actor.published} groups published, "

@@ -47,6 +47,8 @@ class Summary(msgspec.Struct, frozen=True):
     utilisation: float | None
     """Of the time in which an actor held a lease, the share in which its engine had a request under way, the
     times when new weights went in apart; over all actors seen last. Null if they were not seen at all."""
+    evaluations: list[dict[str, Any]]
+    """`version`, `samples`, `mean_at_k` and `pass_at_k` of each evaluation made while it trained."""
     report: dict[str, Any]
     """What the learner found at the end: check of the engines' weights, held-out accuracy, examples."""
 
@@ -76,6 +78,10 @@ def summarise(folder: Path, ledger: Ledger, run: str, seconds: float) -> Summary
         tokens_per_second=round(tokens / train_seconds, 1) if train_seconds else None,
         overlap=overlap(read_jsonl(folder / "timeline.jsonl")),
         utilisation=utilisation(ledger),
+        evaluations=[
+            {name: line[name] for name in ("version", "samples", "mean_at_k", "pass_at_k")}
+            for line in read_jsonl(folder / "evaluations.jsonl")
+        ],
         report=msgspec.json.decode(report.read_bytes()) if report.exists() else {},
     )
     (folder / "summary.json").write_bytes(msgspec.json.encode(summary) + b"\n")
@@ -115,6 +121,9 @@ def render(summary: Summary) -> str:
         else "engines     -",
         f"weights     engines differ from the learner by at most: {differences or 'not checked'}",
     ]
+    if summary.evaluations:
+        shown = ", ".join(f"{one['mean_at_k']:.3f} at {one['version']}" for one in summary.evaluations)
+        lines.append(f"evaluated   mean@{summary.evaluations[-1]['samples']} {shown}")
     if held_out:
         lines.append(f"held out    accuracy {held_out['accuracy']:.3f} on {held_out['prompts']} questions")
         lines += [f"            {e['question']:.60} -> {e['answered']:.60}" for e in held_out["examples"]]

@@ -282,6 +282,10 @@ class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     """`sequence_sum`: tokens to divide by, the same for every answer (Dr. GRPO, arXiv 2503.20783)."""
     entropy: NonNegative = 0.0
     """Coefficient of the entropy bonus, loss a nat."""
+    routing_replay: bool = False
+    """Train mixtures of experts with the experts that the engine sent each token to (rollout routing replay,
+    R3, arXiv 2510.11370): engines return them, groups carry them, routers replay them, also where a
+    backward pass computes again."""
     kl: KlConfig = KlConfig()
     abort: AbortConfig = AbortConfig()
     control: Literal["none", "shuffle_advantages"] = "none"
@@ -348,6 +352,14 @@ class CheckpointConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
                 f"checkpoint.keep_every: got {self.keep_every} with every = {self.every}, expected a "
                 "multiple of it: only checkpoints that are written can be kept"
             )
+
+
+class WeightsConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Which exported versions stay on disk, see docs/evaluation.md."""
+
+    keep: Annotated[int, msgspec.Meta(ge=0)] | Literal["all"] | None = None
+    """How many of the newest versions; absent: `stream.max_staleness` + 2. Version 0 and the newest one that
+    an evaluation is to have stay besides."""
 
 
 class SftConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

@@ -20,6 +20,7 @@ from learner.checkpoint.restore import Restore
 from learner.checkpoint.schedule import Checkpoints
 from learner.feed import Feeder
 from learner.gate import check
+from learner.kept import KeptVersions
 from learner.prefetch import Prefetch
 from learner.record import RunRecord
 from weightsync.lanes import Lanes
@@ -38,7 +39,7 @@ _PATIENCE_S = 10.0
 class Loop:
     """Trains from the version that the trainer is at.
 
-    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, max_steps=200, ...)
+    loop = Loop(trainer, session, offers, record, feeder, checkpoints, restore, kept, max_steps=200, ...)
     loop.run()          # the manifest of the last version
     """
 
@@ -51,6 +52,7 @@ class Loop:
         feeder: Feeder,
         checkpoints: Checkpoints | None,
         restore: Restore,
+        kept: KeptVersions,
         *,
         max_steps: int,
         mismatch: float,
@@ -59,7 +61,7 @@ class Loop:
         """`checkpoints`: absent, payloads are deleted as soon as they are trained. `mismatch`: see
         `objective.abort`. `stop` is called often; it hands on a stop that a signal asked for."""
         self._trainer, self._session, self._offers, self._record = trainer, session, offers, record
-        self._feeder, self._checkpoints, self._restore = feeder, checkpoints, restore
+        self._feeder, self._checkpoints, self._restore, self._kept = feeder, checkpoints, restore, kept
         self._max_steps, self._mismatch, self._pass_on_stop = max_steps, mismatch, stop
         self._trained_tokens, self._training_since, self._waiting_since = 0.0, 0.0, 0.0
 
@@ -109,8 +111,10 @@ class Loop:
             committed = session.known.versions.get(manifest.version, manifest.digest)
         if committed != manifest.digest:
             log.warning("version %d is %s again, it was %s", manifest.version, manifest.digest, committed)
-        elif newest:
-            self._offers.publish(manifest, tensors)
+        else:
+            self._kept.put(manifest, tensors)
+            if newest:
+                self._offers.publish(manifest, tensors)
         if self._checkpoints is not None and manifest.version:
             self._checkpoints.after_step(self._trainer, manifest.digest)
         return manifest

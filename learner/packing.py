@@ -52,6 +52,8 @@ class Row:
     """Advantage of the sample."""
     temperature: float = 1.0
     """Temperature under which it was sampled."""
+    routed: np.ndarray | None = None
+    """uint16 [T - 1, L, k]: experts of each fed token (`buffer.schema.Sample`); None: the model chooses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,8 @@ class MicroBatch:
     """int64 [N]: staleness of each target."""
     temperature: torch.Tensor
     """float32 [N]: sampling temperature of each target."""
+    routed: torch.Tensor | None = None
+    """int16 [T, L, k]: the experts to send fed tokens to, 0, 1, ... where padded; None: the model chooses."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`; itself where they are there."""
@@ -164,6 +168,7 @@ def _row_of_sample(group: Group, index: int, advantage: float, step: int) -> Row
         staleness=step - versions[mask],
         advantage=advantage,
         temperature=group.temperature,
+        routed=sample.routed,
     )
 
 
@@ -178,8 +183,8 @@ def _micro_batch(rows: Sequence[Row], members: list[int], context: int, tensor: 
     bounds = np.concatenate([[0], np.cumsum(padded)])
     starts = bounds[:-1]
     positions = np.arange(bounds[-1]) - np.repeat(starts, padded)
-    tokens = np.zeros(bounds[-1], np.int64)
-    tokens[positions < np.repeat(lengths, padded)] = _joined([row.tokens[:-1] for row in chosen])
+    tokens, fed = np.zeros(bounds[-1], np.int64), positions < np.repeat(lengths, padded)
+    tokens[fed] = _joined([row.tokens[:-1] for row in chosen])
     return MicroBatch(
         tokens=_long(tokens),
         positions=_long(positions),
@@ -194,7 +199,20 @@ def _micro_batch(rows: Sequence[Row], members: list[int], context: int, tensor: 
         advantages=_float(np.repeat([row.advantage for row in chosen] or [0.0], counts)),
         staleness=_long(_joined([row.staleness for row in chosen])),
         temperature=_float(np.repeat([row.temperature for row in chosen] or [1.0], counts)),
+        routed=_routed(rows, chosen, fed),
     )
+
+
+def _routed(rows: Sequence[Row], chosen: Sequence[Row], fed: np.ndarray) -> torch.Tensor | None:
+    """The experts of fed tokens, where `fed` [T] is true, and any for padding; None without a row's own."""
+    some = next((row.routed for row in rows if row.routed is not None), None)
+    if some is None:
+        return None
+    routed = np.empty((len(fed), *some.shape[1:]), np.uint16)
+    routed[~fed] = np.arange(some.shape[2], dtype=np.uint16)
+    if chosen:
+        routed[fed] = np.concatenate([row.routed for row in chosen if row.routed is not None])
+    return torch.from_numpy(routed.view(np.int16))
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

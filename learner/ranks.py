@@ -62,6 +62,8 @@ class Fetch(msgspec.Struct, tag=True, frozen=True):
     manifest: Manifest
     mini_batches: int
     """So many runs of it are trained one after the other."""
+    routed: bool
+    """With routed experts."""
 
 
 class Read(msgspec.Struct, tag=True, frozen=True):
@@ -191,10 +193,11 @@ class Ranks:
             self.store.wait(["dismissed"], _LOOK)
 
 
-def fetch_share(stream: Stream, manifest: Manifest, mini_batches: int) -> list[Frame]:
+def fetch_share(stream: Stream, order: Fetch) -> list[Frame]:
     """This rank's rows of a manifest, in canonical order, each with its group or why there is none."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return read_frames(stream, manifest.share(rank, ranks, mini_batches))
+    rows = order.manifest.share(rank, ranks, order.mini_batches)
+    return read_frames(stream, rows, routed=order.routed)
 
 
 def agree(frames: Sequence[Frame]) -> tuple[list[Group], dict[str, str]]:
@@ -225,9 +228,9 @@ class Leader(Trainer):
 
     def fetch(self, session: Session, step: int, manifest: Manifest) -> list[Frame]:
         """Rank 0's share of a step's manifest; called by a thread beside the step before."""
-        order = Fetch(manifest, self._objective.mini_batches)
+        order = Fetch(manifest, self._objective.mini_batches, self._objective.routing_replay)
         self._ranks.say(order)
-        return fetch_share(session.stream, manifest, order.mini_batches)
+        return fetch_share(session.stream, order)
 
     def read(self, session: Session, batch: Batch) -> list[Group]:
         """Rank 0's groups of a batch; the step trains without those that some rank cannot read.
@@ -238,7 +241,7 @@ class Leader(Trainer):
         groups, reasons = agree(batch.frames)
         rows = {row.group: row for row in batch.manifest.rows}
         for group, reason in reasons.items():
-            (frame,) = read_frames(session.stream, [rows[group]])
+            (frame,) = read_frames(session.stream, [rows[group]], routed=self._objective.routing_replay)
             if batch.step < session.version:
                 raise PayloadGone(f"step {batch.step} cannot be trained again ({reason}): {frame.problem}")
             log.warning("step %d trains without a group (%s): %s", batch.step, reason, frame.problem)
@@ -322,8 +325,8 @@ class Follower:
             match order:
                 case Load(folder):
                     trainer = self._load(Path(folder))
-                case Fetch(manifest=manifest, mini_batches=mini_batches):
-                    fetched = background.submit(fetch_share, self._stream, manifest, mini_batches)
+                case Fetch():
+                    fetched = background.submit(fetch_share, self._stream, order)
                 case Read():
                     self._groups, _ = agree(fetched.result())
                 case Train(step):

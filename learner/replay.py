@@ -73,7 +73,8 @@ def replay(folder: RecordFolder, start: Path, steps: int | None) -> Replayed:
     for step in folder.steps():
         if steps is not None and step.step >= steps:
             break
-        trainer.train_step(step.groups(), step.step)
+        groups = step.groups(routed=settings.objective.routing_replay)
+        trainer.train_step(groups, step.step)
         trained, digest = step.step + 1, Manifest.of(trainer.version, trainer.export()).digest
         log.info("version %d: %s%s", trained, digest, "" if digest == step.digest else " DIFFERS")
         if digest != step.digest:

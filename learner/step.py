@@ -44,6 +44,7 @@ from learner.model.optimizer import (
     learning_rate,
     torch_optimizers,
 )
+from learner.model.routing import replay_routing
 from learner.model.schedule import forward_backward, forward_only
 from learner.model.world import (
     count_ranks,
@@ -59,6 +60,7 @@ from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, Row, pack, row_of_tokens
 from learner.reference import Reference
+from learner.routed import check_routed
 from learner.samples import choose
 from learner.watch import Watch
 
@@ -111,6 +113,8 @@ class Trainer:
         self._seed = seed
         self._shape = read_shape(folder)
         self._model = build_model(self._shape, getattr(torch, model.dtype), model.recompute)
+        if objective.routing_replay:
+            replay_routing(self._model, self._shape)
         parallel = sizes()
         if model.parallel != parallel:
             raise ConfigError(
@@ -149,6 +153,8 @@ class Trainer:
         if not sum_over_ranks([float(len(groups))])[0]:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
         self._watch.check()
+        if self._objective.routing_replay:
+            check_routed(groups, self._shape)
         watch, tally = Stopwatch(), Tally()
         minis = self._mini_batches(sorted(groups, key=lambda group: group.id), step, watch, tally)
         lr = learning_rate(self._schedule, step)

@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,14 @@ from learner.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SftConfig,
+    WeightsConfig,
 )
 from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder, held_out
-from learner.errors import LearnerError
+from learner.errors import Aborted, LearnerError
 from learner.evaluate import evaluate
 from learner.feed import Feeder
+from learner.kept import KEPT, KeptVersions, forget_versions
 from learner.loop import Loop
 from learner.record import START, RunRecord, environment
 from learner.tokenizer import Tokenizer, model_files
@@ -59,6 +62,13 @@ _CHECKED = 8
 _ANSWER_TOKENS = 16
 
 
+class Evaluated(msgspec.Struct, frozen=True):
+    """The part of `evaluation` that concerns the learner."""
+
+    every: int = 0
+    """Versions that are multiples of this are to be evaluated; 0: none."""
+
+
 class Settings(msgspec.Struct, frozen=True):
     """The part of the run's configuration that concerns the learner."""
 
@@ -71,6 +81,8 @@ class Settings(msgspec.Struct, frozen=True):
     objective: ObjectiveConfig
     weightsync: WeightSyncConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: Evaluated = Evaluated()
     sft: SftConfig | None = None
     """A supervised warm-up before version 0, or none."""
 
@@ -83,7 +95,7 @@ class Learner:
     """One run, from joining to the export of its last version.
 
     `folder` receives `metrics.jsonl` (a line a step), `timeline.jsonl` (spans of generation and
-    training), `checkpoints/`, `export/` (the trained model) and `report.json`.
+    training), `checkpoints/`, `weights/` (kept versions), `export/` (the trained model) and `report.json`.
     """
 
     def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
@@ -96,7 +108,10 @@ class Learner:
         self._stopping = True
 
     def run(self) -> None:
-        """Trains the run, from where it was cut off. Raises `LearnerError`, `StreamError`, `Stopped`."""
+        """Trains the run, from where it was cut off. Raises `LearnerError`, `StreamError`, `Stopped`.
+
+        One that `Aborted` ends is over, as every reader of Redis sees; the next learner goes on with it.
+        """
         settings = self._settings
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
@@ -112,21 +127,23 @@ class Learner:
             else:
                 trainer = self._version_0(tokenizer, record, session)
             self._put("environment", msgspec.json.encode(environment()))
-            with ExitStack() as stack:
+            with ExitStack() as stack, _over_if_aborted(session):
                 checkpoints = self._checkpoints(session, saved=trainer.version)
-                loop = Loop(
-                    trainer,
-                    session,
-                    stack.enter_context(self._offers(session)),
-                    record,
-                    stack.enter_context(self._feeder(session, order)),
-                    stack.enter_context(checkpoints) if checkpoints is not None else None,
-                    restore,
-                    max_steps=settings.stream.max_steps,
-                    mismatch=settings.objective.abort.mismatch,
-                    stop=self._pass_on_stop,
-                )
-                manifest = loop.run()
+                with self._kept(session) as kept:
+                    loop = Loop(
+                        trainer,
+                        session,
+                        stack.enter_context(self._offers(session)),
+                        record,
+                        stack.enter_context(self._feeder(session, order)),
+                        stack.enter_context(checkpoints) if checkpoints is not None else None,
+                        restore,
+                        kept,
+                        max_steps=settings.stream.max_steps,
+                        mismatch=settings.objective.abort.mismatch,
+                        stop=self._pass_on_stop,
+                    )
+                    manifest = loop.run()
                 self._report(self._finish(trainer, tokenizer, manifest))
                 reason = "stopped" if self._asked_to_stop() else "done"
                 session.leave(reason)
@@ -170,6 +187,7 @@ class Learner:
         on start from, too.
         """
         self._report({}, anew=True)
+        forget_versions(self._folder)
         if self._settings.sft is not None:
             trainer = self._trainer(Path(self._settings.model.path))
             self._report({"sft": self._warm_up(trainer, tokenizer, record, session)})
@@ -204,6 +222,16 @@ class Learner:
             lineage=lambda: session.known.lineage,
             kept_on_disk=self._settings.stream.max_staleness + 2,
             log=log.info,
+        )
+
+    def _kept(self, session: Session) -> KeptVersions:
+        settings, keep = self._settings, self._settings.weights.keep
+        return KeptVersions(
+            self._folder / KEPT,
+            Path(settings.model.path),
+            keep=settings.stream.max_staleness + 2 if keep is None else keep,
+            every=settings.evaluation.every,
+            lineage=lambda: session.known.lineage,
         )
 
     def _pass_on_stop(self) -> None:
@@ -251,6 +279,16 @@ class Learner:
         log.info("engines against learner at version %d: %s", check.version, check.max_difference)
         found = evaluate(trainer, tokenizer, prompts, _ANSWER_TOKENS)
         return {"weights": msgspec.to_builtins(check), "held_out": msgspec.to_builtins(found)}
+
+
+@contextmanager
+def _over_if_aborted(session: Session) -> Iterator[None]:
+    """Ends the run, with the reason, if the learner gives it up: else its actors would wait for ever."""
+    try:
+        yield
+    except Aborted as error:
+        session.leave(f"aborted: {error}")
+        raise
 
 
 def follow(settings: Settings, url: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from actors.config import SamplingConfig
+from actors.config import Sampling
 from actors.continuation import Completion
 from actors.environments.base import Turn
 from actors.errors import EngineError
@@ -17,9 +17,7 @@ from actors.errors import EngineError
 class Generator(Protocol):
     """What generates: `actors.engine.Engine`."""
 
-    async def generate(
-        self, prompt: list[int], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Completion]:
+    async def generate(self, prompt: list[int], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """One answer a seed, in their order."""
         ...
 
@@ -48,7 +46,7 @@ class Batcher:
         self._waiting: dict[tuple[tuple[int, ...], int], _Batch] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def ask(self, context: list[int], seed: int, sampling: SamplingConfig) -> Completion:
+    async def ask(self, context: list[int], seed: int, sampling: Sampling) -> Completion:
         """The completion of `context`. Raises `EngineError`."""
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if not self._waiting:
@@ -92,7 +90,7 @@ class _Batch(msgspec.Struct):
     """One call to be: a context and a seed and future for each sample that waits."""
 
     context: list[int]
-    sampling: SamplingConfig
+    sampling: Sampling
     seeds: list[int]
     answers: list[asyncio.Future[Completion]]
 
@@ -108,7 +106,7 @@ class Policy:
         self,
         batcher: Batcher,
         seed: Callable[[int], int],
-        sampling: SamplingConfig,
+        sampling: Sampling,
         prompt_length: int,
         text: Text,
     ) -> None:

@@ -53,16 +53,19 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_type = "cpu"
 
     def init_backend(self) -> None:
-        """Register our attention, and replace what seeded sampling needs Triton for."""
+        """Register our attention, and replace what needs Triton or pinned memory."""
         from sglang.srt import batch_invariant_ops
         from sglang.srt.layers import sampler
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.state_capturer import base
 
         from actors.sglang_cpu.attention import BatchedAttention
+        from actors.sglang_cpu.host_cache import PageableHostCache
         from actors.sglang_cpu.sampling import multinomial_with_seed
 
         register_attention_backend(ATTENTION_BACKEND)(BatchedAttention)
         sampler.multinomial_with_seed = multinomial_with_seed
+        base.BaseHostCache = PageableHostCache
         batch_invariant_ops.enable_batch_invariant_mode = keep_torch_operators
 
     def get_default_attention_backend(self) -> str:

@@ -41,6 +41,8 @@
 -- {run}:trash           list    entries to delete from the payload shards, which no function can reach
 -- {run}:dead            stream  dead letters: group position attempt reason prompt payload
 -- {run}:progress        hash    the learner's figures of the newest step, for readers; written by the learner alone
+-- {run}:routing         hash    group id -> chunks of its routed experts; written by actors, swept by the learner
+-- {run}:routed:<group>  hash    chunk -> routed experts of the group; with shards {run/<s>}:routed:<group>
 -- {run}:config, files   string, hash  configuration and model files for actors; written by the learner alone
 -- {run}:curriculum      hash    epoch -> rows it leaves out (JSON); written by the learner alone
 -- {run}:difficulty      hash    how hard each row is; written by actors alone
@@ -48,6 +50,7 @@
 -- {run}:mail:<actor>, scores:<actor>  list  requests of the learner to an actor, and its answers (JSON)
 -- {run}:actor_numbers   string  actor names given out; written by `launch actors`
 -- {run}:fleet           hash    launcher -> its actors (JSON), `:wanted` how many it shall run; by launchers
+-- {run}:evaluations     hash    figures of the newest evaluation of a version; by `launch eval`
 -- {run}:stop            string  set by `launch stop`: no more leases, the learner ends after its step
 -- {run}:stream          stream  payloads, one entry a group, written by the caller of `publish`;
 --                               with shards {run/<s>}:stream, s from 0

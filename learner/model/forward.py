@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from learner.model.inputs import Inputs
 from learner.model.output import logits_of, logprobs_of
+from learner.model.routing import routed
 from learner.model.schedule import forward_only
 from learner.model.world import from_rank_0
 from learner.packing import MicroBatch, Row, row_of_tokens
@@ -117,14 +118,15 @@ def _draw(logits: torch.Tensor, temperature: float, source: torch.Generator) -> 
 def _run(model: torch.nn.Module, batch: MicroBatch, output: Callable[..., Any]) -> Any:
     """`output` of the model's last hidden states; only the predictors' pass the output layer."""
     inputs = Inputs.of(batch.to(next(model.parameters()).device))
-    result = model(
-        input_ids=inputs.batch.tokens[None],
-        position_ids=inputs.batch.positions[None],
-        attention_mask=None,
-        packed_seq_params=inputs.sequences,
-        output_processor=partial(_processor, output),
-        output_processor_context=inputs.batch,
-    )
+    with routed(model, inputs.batch.routed):
+        result = model(
+            input_ids=inputs.batch.tokens[None],
+            position_ids=inputs.batch.positions[None],
+            attention_mask=None,
+            packed_seq_params=inputs.sequences,
+            output_processor=partial(_processor, output),
+            output_processor_context=inputs.batch,
+        )
     if not parallel_state.is_pipeline_last_stage():
         return result
     return tuple(map(inputs.whole, result)) if isinstance(result, tuple) else inputs.whole(result)

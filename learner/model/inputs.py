@@ -23,8 +23,8 @@ class Inputs:
     """This rank's tokens, and which of the micro-batch's targets are predicted from them."""
 
     batch: MicroBatch
-    """The tokens of this rank's context-parallel share; predictors, targets and temperatures are those of
-    the targets `chosen`, all else is that of the whole micro-batch."""
+    """The tokens of this rank's context-parallel share, with their experts; predictors, targets and
+    temperatures are those of the targets `chosen`, all else is that of the whole micro-batch."""
     sequences: PackedSeqParams
     """Bounds of the padded sequences, of all ranks, as the attention of the batch's device wants them."""
     chosen: torch.Tensor | None
@@ -47,6 +47,7 @@ class Inputs:
             batch,
             tokens=batch.tokens[mine],
             positions=batch.positions[mine],
+            routed=None if batch.routed is None else batch.routed[mine],
             predictors=torch.searchsorted(mine, batch.predictors[chosen]),
             targets=batch.targets[chosen],
             temperature=batch.temperature[chosen],

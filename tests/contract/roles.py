@@ -12,7 +12,7 @@ import redis
 from buffer.admission import Drop
 from buffer.batches import Assignment, Manifest
 from buffer.client import Stream
-from buffer.keys import RUNS
+from buffer.keys import RUNS, routed_key
 from buffer.ledger import Ledger, Snapshot, violations
 from buffer.members import Joined, JoinRecorder, LearnerBeat, Leave, RecorderBeat
 from buffer.prompts import Requeue
@@ -63,6 +63,8 @@ def _begin(roles: Roles) -> None:
     plain.set(learner.stream.key("environment"), "{}")
     learner.stream.call(LearnerBeat(learner.epochs["learner"]))
     plain.hset(learner.stream.key("progress"), "loss", 1)
+    assert plain.hget(learner.stream.key("versions"), "0")
+    plain.hset(learner.stream.key("evaluations"), "version", 0)  # the evaluator that it starts
     plain.delete(learner.stream.key("mail:a"))
     plain.rpush(learner.stream.key("mail:a"), "request")
     plain.expire(learner.stream.key("mail:a"), 60)
@@ -78,6 +80,8 @@ def _begin(roles: Roles) -> None:
     actor.stream.redis.rpush(actor.stream.key("scores:a"), "scores")
     actor.stream.redis.expire(actor.stream.key("scores:a"), 60)
     actor.stream.redis.hset(actor.stream.key("fleet"), "here/1", "{}")
+    actor.stream.redis.hset(actor.stream.key("routing"), "gone", 1)
+    actor.stream.redis.hset(routed_key(actor.stream.run, "gone", actor.stream.shards), "0", "experts")
     actor.stream.redis.hincrbyfloat(actor.stream.key("difficulty"), "0:reward", 1.0)
     assert plain.hgetall(learner.stream.key("difficulty")) == {b"0:reward": b"1"}
     plain.hset(learner.stream.key("curriculum"), "0", "[]")
@@ -113,7 +117,10 @@ def _train(roles: Roles) -> None:
     queued = actor.queue("a", 2)
     for _ in range(3):
         learner.strike(-1, queued[0].group)
+    experts = routed_key(learner.stream.run, "gone", learner.stream.shards)
+    assert learner.stream.redis.hget(experts, "0") == b"experts"
     assert sweep(learner.stream) == (3 if learner.stream.shards else 0)
+    assert not learner.stream.redis.exists(experts)
     actor.admit("a")
     learner.fork(0, 0)
 
@@ -126,6 +133,7 @@ def _look(viewer: Stream, name: str) -> None:
     assert plain.get(viewer.key("step")) == b"0"
     assert plain.hget(viewer.key("state"), "lineage") == b"1"
     assert plain.hgetall(viewer.key("progress")) == {b"loss": b"1"}
+    assert plain.hgetall(viewer.key("evaluations")) == {b"version": b"0"}
     assert len(plain.xrange(viewer.key("dead"))) == len(plain.xrevrange(viewer.key("dead"))) > 0  # type: ignore[arg-type]
     assert len(plain.lrange(viewer.key("forks"), 0, -1)) == 1  # type: ignore[arg-type]
     assert viewer.redis.execute_command("FCALL_RO", "slipstream2_aged", 1, viewer.key("stream"), 0) == []
@@ -139,10 +147,13 @@ def _operate(roles: Roles) -> None:
     assert plain.get(operator.key("config")) == b"{}"
     assert plain.hgetall(operator.key("fleet")) == {b"here/1": b"{}"}
     plain.hset(operator.key("fleet"), "here/1:wanted", 3)
+    assert plain.hget(operator.key("versions"), "0")
+    plain.hset(operator.key("evaluations"), "version", 1)
     letters = plain.xrange(operator.key("dead"))
     entry = next(identity for identity, fields in letters if fields[b"prompt"])  # type: ignore[union-attr]
     assert operator.call(Requeue(entry.decode())).position >= 0
     joined: Joined = operator.call(JoinRecorder("bits", "r"))
+    assert plain.hget(routed_key(operator.run, "gone", operator.shards), "0") is None
     actor = roles.actor
     actor.applied("a", 0)
     actor.queue("a", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from importlib.metadata import version as installed
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
+from actors.errors import EngineError
 from launch.tiny_model import make_tiny
 from tests.e2e.test_engine import meet, reference
 from tests.e2e.test_engine_families import perturbed
@@ -23,6 +25,7 @@ from weightsync.manifest import Manifest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+SGLANG = tuple(int(part) for part in installed("sglang").split(".")[:3])
 TOLERANCE = 1e-3
 PROMPT = [5, 6, 7, 8, 9]
 SEEDS = [1, 2, 3, 4]
@@ -52,16 +55,44 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Version]:
 
 @pytest.fixture(scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    folder: Path = make_tiny("qwen3_next", tmp_path_factory.mktemp("engine") / "model", seed=9)
-    config = EngineConfig(max_running_requests=8, max_total_tokens=8192)
-    engine = await Engine.start(folder, config, name="t", seed=0, log=folder / "engine.log")
+    engine = await start(tmp_path_factory.mktemp("engine"), "abort")
     yield engine
     await engine.stop()
+
+
+async def start(root: Path, pause: str) -> Engine:
+    folder = make_tiny("qwen3_next", root / "model", seed=9)
+    config = EngineConfig(max_running_requests=8, max_total_tokens=8192, pause=pause)  # type: ignore[arg-type]
+    return await Engine.start(folder, config, name="t", seed=0, log=folder / "engine.log")
 
 
 async def test_every_span_is_of_its_own_version_and_of_no_other(
     engine: Engine, versions: list[Version]
 ) -> None:
+    await live_through_updates(engine, versions)
+
+
+@pytest.mark.skipif(
+    SGLANG < (0, 5, 21), reason="SGLang from 0.5.21 on goes on by itself: run `make test-sglang`"
+)
+async def test_the_same_where_the_server_goes_on_by_itself(
+    versions: list[Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start(tmp_path, "retract")
+    calls = calls_of(engine, monkeypatch)
+    await live_through_updates(engine, versions)
+    await engine.stop()
+    assert calls.count("/generate") == 1
+    assert calls.count("/end_weight_update") == len(versions)
+
+
+@pytest.mark.skipif(SGLANG >= (0, 5, 21), reason="this SGLang can do it")
+async def test_a_server_that_cannot_is_refused_at_its_start(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"engine\.pause: got 'retract'.*0\.5\.21 or later"):
+        await start(tmp_path, "retract")
+
+
+async def live_through_updates(engine: Engine, versions: list[Version]) -> None:
     group = await meet(engine, "spans")
 
     async def serve(version: Version) -> None:
@@ -103,19 +134,25 @@ def difference(version: Version, tokens: list[int], logprobs: list[float]) -> np
     return np.abs(np.array(logprobs) - expected)
 
 
+def calls_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that are asked of the server from now on."""
+    calls, post = [], engine._calls.post
+
+    async def noting(path: str, *rest: object) -> bytes:
+        calls.append(path)
+        return await post(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._calls, "post", noting)
+    return calls
+
+
 async def test_an_interruption_without_new_weights_changes_nothing(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither for those it runs nor for those in its queue: it runs 8 at a time."""
-    sampling, calls, seeds = SamplingConfig(max_new_tokens=40, ignore_eos=True), [], range(12)
+    sampling, seeds = SamplingConfig(max_new_tokens=40, ignore_eos=True), range(12)
     whole = await engine.generate(PROMPT, seeds, sampling)
-    post = engine._post
-
-    async def counting(path: str, *rest: object) -> bytes:
-        calls.append(path)
-        return await post(path, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(engine, "_post", counting)
+    calls = calls_of(engine, monkeypatch)
     generating = asyncio.create_task(engine.generate(PROMPT, seeds, sampling))
     await asyncio.sleep(0.1)
     async with engine.idle():

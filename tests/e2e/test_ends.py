@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from benchmarks.learner_step import scripted_actor, settings
+from buffer.client import Stream
+from buffer.local_server import LocalServer
+from launch.config import to_json
+from launch.status import read_status
+from launch.tiny_model import make_tiny
+from learner.config import ObjectiveConfig
 from tests.e2e.commands import finish, launch, output, processes_in, sockets, summary_of
 from tests.waiting import wait_until
 
@@ -69,6 +80,29 @@ def test_ctrl_c_while_everything_starts_leaves_nothing(tmp_path: Path) -> None:
     assert process.wait(120) in (0, 1, 2)
     assert processes_in(tmp_path) == []
     assert sockets() <= before
+
+
+def test_a_run_that_is_given_up_is_over_for_everybody(tmp_path: Path, redis_server: LocalServer) -> None:
+    """The scripted actor's log-probabilities are made up: the first batch shows engines that disagree."""
+    config = settings(tmp_path, make_tiny("qwen3", tmp_path / "gives-up", seed=0), steps=3)
+    config = msgspec.structs.replace(config, objective=ObjectiveConfig())
+    folder, url = tmp_path / "run", redis_server.socket_url
+    folder.mkdir()
+    (folder / "config.json").write_bytes(to_json(config))
+    with scripted_actor(url, config.name, tmp_path) as actor:
+        learner = subprocess.run(
+            [sys.executable, "-m", "learner.worker", "--folder", str(folder)],
+            env={**os.environ, "SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert learner.returncode == 2
+        assert "engines and learner disagree about version 0" in learner.stderr.splitlines()[-1]
+        assert actor.wait(30) == 0
+    status = read_status(Stream.connect(url, config.name))
+    assert status.phase.startswith("aborted: engines and learner disagree about version 0 before step 0: ")
+    assert (status.step, status.conserved) == (0, True)
 
 
 def test_the_port_of_somebody_else_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.config import EngineConfig, SamplingConfig
+from actors.config import EngineConfig, Sampling, SamplingConfig
 from actors.engine import Engine
 from actors.errors import EngineError
 from weightsync.errors import WeightSyncError
@@ -83,6 +83,18 @@ async def test_scores_equal_transformers_for_ragged_lengths(engine: Engine, mode
     sequences = [rng.integers(0, 320, length).tolist() for length in (2, 3, 17, 64, 5, 130)]
     for sequence, found in zip(sequences, await engine.score(sequences), strict=True):
         np.testing.assert_allclose(found, reference(model, sequence), atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}])
+async def test_filters_cut_the_draw(engine: Engine, cut: dict[str, float]) -> None:
+    greedy = await engine.generate(PROMPT, [1, 2], Sampling(temperature=0.0, max_new_tokens=12))
+    assert greedy[0].tokens == greedy[1].tokens
+    free = await engine.generate(PROMPT, [1, 2], Sampling(temperature=1.5, max_new_tokens=12))
+    assert all(answer.tokens != greedy[0].tokens for answer in free)
+    filtered = Sampling(temperature=1.5, max_new_tokens=12, **cut)
+    assert [one.tokens for one in await engine.generate(PROMPT, [1, 2], filtered)] == [
+        one.tokens for one in greedy
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])

@@ -1,10 +1,12 @@
 """Mixtures of experts and gated DeltaNet in real SGLang on the CPU: its numbers are transformers' and the
-learner's, in prompts and in answers, for one request and for several, before and after new weights."""
+learner's, in prompts and in answers, for one request and for several, before and after new weights; and a
+learner whose routers see things a little differently agrees better when it replays the engine's choices."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,11 @@ from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
 from launch.tiny_model import make_tiny
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.model.forward import target_logprobs
+from learner.packing import pack, row_of_tokens
 from learner.step import Trainer
 from tests.e2e.test_engine import meet, reference
+from tests.unit.learner.test_routing import noisy_routers
 from weightsync.holder import Held
 from weightsync.image import write_image
 from weightsync.manifest import Manifest
@@ -91,11 +96,40 @@ async def worst(engine: Engine, policy: Policy) -> dict[str, float]:
     }
 
 
+async def replay_mismatch(engine: Engine, folder: Path) -> dict[bool, float]:
+    """Mean |log p(engine) - log p(learner)| of answers, by whether `folder` replays the engine's routing."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 256, length).tolist() for length in LENGTHS]
+    sampling = SamplingConfig(max_new_tokens=64, ignore_eos=True)
+    asked = (engine.generate(prompt, [seed], sampling) for seed, prompt in enumerate(prompts))
+    answers = [answer for (answer,) in await asyncio.gather(*asked)]
+    said = np.concatenate([answer.logprobs for answer in answers])
+    rows = [
+        replace(row_of_tokens(prompt + answer.tokens, len(prompt)), routed=answer.routed)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    (batch,) = pack(rows, 2000)
+    found = {}
+    for replay in (True, False):
+        objective = ObjectiveConfig(routing_replay=replay)
+        trainer = Trainer(folder, ModelConfig(path=str(folder)), OptimizerConfig(), objective)
+        with torch.no_grad():
+            values = target_logprobs(trainer._parallel, batch, 256)[0].numpy()
+        found[replay] = float(np.abs(values - said).mean())
+    return found
+
+
 async def test_scores_and_answers_equal_transformers_and_the_learner(folders: list[Path]) -> None:
     before, after = map(Policy, folders)
     log = folders[0] / "engine.log"
-    engine = await Engine.start(folders[0], CONFIG, name="t", seed=0, log=log, load_format="auto")
+    engine = await Engine.start(
+        folders[0], CONFIG, name="t", seed=0, log=log, load_format="auto", routed=True
+    )
     try:
+        same = await replay_mismatch(engine, folders[0])
+        assert max(same.values()) < TOLERANCE, same
+        apart = await replay_mismatch(engine, noisy_routers(folders[0], folders[0].with_name("noisy")))
+        assert apart[True] < 0.5 * apart[False], apart
         found = await worst(engine, before)
         assert max(found.values()) < TOLERANCE, found
         tensors = after.trainer.export()

@@ -34,7 +34,10 @@ BY_SAMPLE = ObjectiveConfig(
 )
 """Ratios, weights and means of whole samples, statistics of the whole batch, scores before the step."""
 
-OBJECTIVES = {"terms": EVERY_TERM, "samples": BY_SAMPLE}
+ROUTED = ObjectiveConfig(routing_replay=True)
+"""Every token to experts that its record names, in what the backward pass computes again, too."""
+
+OBJECTIVES = {"terms": EVERY_TERM, "samples": BY_SAMPLE, "routed": ROUTED}
 
 
 def layout(**sizes: int) -> ParallelConfig:
@@ -70,6 +73,9 @@ PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
 BY_SAMPLE_TOO = ("TP 2", "PP 2", "CP 2", "DP 2", "PP 2 CP 2", "PP 2 DP 2 EP 2")
 """Layouts in which `next` is also trained by the other objective."""
 
+ROUTED_TOO = ("TP 2", "PP 2", "CP 2", "DP 2 EP 2", "TP 2 PP 2", "TP 2 CP 2", "PP 2 DP 2 EP 2")
+"""Layouts in which `next` is also trained with routing replay."""
+
 
 class Trial(NamedTuple):
     """A model trained in a layout by an objective."""
@@ -96,6 +102,8 @@ def trials(size: int) -> Iterator[Trial]:
             yield Trial(name, parallel, case, "terms")
         if name in BY_SAMPLE_TOO:
             yield Trial(name, parallel, "next", "samples")
+        if name in ROUTED_TOO:
+            yield Trial(name, parallel, "next", "routed")
 
 
 def make_checkpoints(folder: Path) -> None:

@@ -22,7 +22,7 @@ from learner.convert.held import whole_tensors
 from learner.model.world import join_world
 from learner.step import Trainer
 from tests.parallel.layouts import OBJECTIVES, reference_of, trials
-from tests.unit.learner.groups import make_group
+from tests.unit.learner.groups import make_group, with_experts
 
 CLIP = 0.1
 """Below every norm here, so that clipping acts."""
@@ -30,9 +30,13 @@ CLIP = 0.1
 SEQUENCES = [list(range(length)) for length in (2, 9, 30, 5, 17)]
 
 
-def batch() -> list:
-    """Six groups of unlike lengths and ages."""
-    return [make_group(index, versions=(0,) if index % 2 else (-1, 0)) for index in range(6)]
+def batch(trainer: Trainer, objective: ObjectiveConfig) -> list:
+    """Six groups of unlike lengths and ages, with routed experts if they are replayed."""
+    groups = [make_group(index, versions=(0,) if index % 2 else (-1, 0)) for index in range(6)]
+    experts, layers = trainer._shape.experts, len(trainer._shape.layers)
+    if not objective.routing_replay or experts is None:
+        return groups
+    return [with_experts(group, layers, experts.chosen, experts.count) for group in groups]
 
 
 def share(groups: list) -> list:
@@ -61,11 +65,17 @@ def train(
     tensors on rank 0."""
     kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
     objective = msgspec.structs.replace(objective, kl=kl)
-    model = ModelConfig(path=str(folder), micro_batch_tokens=48, parallel=parallel, logits_chunk=7)
+    model = ModelConfig(
+        path=str(folder),
+        micro_batch_tokens=48,
+        parallel=parallel,
+        logits_chunk=7,
+        recompute="full" if objective.routing_replay else "none",
+    )
     trainer = Trainer(folder, model, OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=CLIP), objective)
     tensors = {f"weight {name}": tensor for name, tensor in trainer.export().items()}
     scores = [values.tolist() for values in trainer.score(SEQUENCES)]
-    metrics = trainer.train_step(share(batch()), 0)
+    metrics = trainer.train_step(share(batch(trainer, objective)), 0)
     tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
     steady = {
         name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))

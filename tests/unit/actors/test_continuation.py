@@ -37,13 +37,13 @@ class Interrupted:
         tokens: list[int] = []
         while True:
             if len(tokens) == lasts:
-                return Part(tokens, [-float(one) for one in tokens], "abort", label)
+                return Part(tokens, [-float(one) for one in tokens], "abort", [(len(tokens), label)])
             tokens.append(token(label, ask.seed, len(ask.context) + len(tokens)))
             if len(tokens) == lasts:  # as in SGLang, an abort hides that the answer has just ended
-                return Part(tokens, [-float(one) for one in tokens], "abort", label)
+                return Part(tokens, [-float(one) for one in tokens], "abort", [(len(tokens), label)])
             if tokens[-1] == END or len(tokens) == ask.max_new_tokens:
                 reason = "stop" if tokens[-1] == END else "length"
-                return Part(tokens, [-float(one) for one in tokens], reason, label)
+                return Part(tokens, [-float(one) for one in tokens], reason, [(len(tokens), label)])
 
 
 async def answers(engine: Interrupted, seeds: Sequence[int], **sampling: object) -> list[Completion]:
@@ -86,8 +86,8 @@ async def test_every_token_is_drawn_once_under_the_version_served_then(script, r
 
 async def test_only_unfinished_answers_are_asked_for_again() -> None:
     calls = [
-        [Part([1], [-1.0], "stop", "1:a"), Part([2], [-2.0], "abort", "1:a")],
-        [Part([3], [-3.0], "stop", "2:b")],
+        [Part([1], [-1.0], "stop", [(1, "1:a")]), Part([2], [-2.0], "abort", [(1, "1:a")])],
+        [Part([3, 4], [-3.0, -4.0], "stop", [(1, "1:a"), (1, "2:b")])],
     ]
     asked: list[list[Ask]] = []
 
@@ -98,7 +98,8 @@ async def test_only_unfinished_answers_are_asked_for_again() -> None:
     whole, interrupted = await complete(generate, PROMPT, [7, 8], SamplingConfig(max_new_tokens=5), set())
     assert asked[1] == [Ask([*PROMPT, 2], 8, 4)]
     assert whole == Completion([1], [-1.0], "stop", [(1, "1:a")])
-    assert interrupted == Completion([2, 3], [-2.0, -3.0], "stop", [(1, "1:a"), (1, "2:b")])
+    labels = [(2, "1:a"), (1, "2:b")]  # the server itself saw new weights come in the second part
+    assert interrupted == Completion([2, 3, 4], [-2.0, -3.0, -4.0], "stop", labels)
 
 
 async def test_an_end_that_the_abort_hid_is_an_end_unless_it_is_to_be_ignored() -> None:

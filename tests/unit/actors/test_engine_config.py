@@ -46,9 +46,6 @@ def test_only_a_cpu_engine_gets_our_platform() -> None:
     assert "torch_native" not in line
 
 
-@pytest.mark.parametrize(
-    ("pause", "reason"), [("in_place", "does not say from"), ("retract", "ends the server")]
-)
-def test_a_pause_that_would_falsify_records_is_refused_with_the_reason(pause: str, reason: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match=f"{reason}.*set abort or finish"):
-        msgspec.convert({"pause": pause}, EngineConfig)
+def test_a_pause_that_would_falsify_records_is_refused_with_the_reason() -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"caches of the old weights.*set abort, finish or"):
+        msgspec.convert({"pause": "in_place"}, EngineConfig)

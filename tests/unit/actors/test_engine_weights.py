@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from actors.calls import Calls
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
 from actors.errors import EngineError
@@ -95,7 +96,8 @@ async def engine(tmp_path: Path) -> AsyncIterator[Make]:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        engine = Engine(server, EngineConfig(**config), f"http://127.0.0.1:{port}", ("k", "a"), frozenset())  # type: ignore[arg-type]
+        calls = Calls("t", port, ("k", "a"))
+        engine = Engine(server, EngineConfig(**config), calls, frozenset())  # type: ignore[arg-type]
         made.append((engine, runner, server))
         return engine, server
 
@@ -103,7 +105,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Make]:
     for engine, runner, server in made:
         server.hang.set()
         server.release.set()
-        await engine._http.close()
+        await engine._calls.close()
         await runner.cleanup()
 
 

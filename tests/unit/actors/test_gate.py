@@ -49,6 +49,32 @@ async def test_without_an_end_they_are_waited_for() -> None:
     assert seen == ["a in", "a out", "updated"]
 
 
+async def test_within_a_shut_gate_everybody_stays() -> None:
+    gate, done, seen = Gate(), asyncio.Event(), []
+    running = asyncio.create_task(pass_until(gate, done, seen, "a"))
+    await asyncio.sleep(0)
+    async with gate.shut():
+        late = asyncio.create_task(pass_until(gate, done, seen, "b"))
+        await asyncio.sleep(0.01)
+        assert (seen, gate.within, gate.is_open) == (["a in"], 1, False)
+    done.set()
+    await asyncio.gather(running, late)
+    assert sorted(seen) == ["a in", "a out", "b in", "b out"]
+
+
+@pytest.mark.parametrize(("failure", "opens"), [(Untouched("refused"), True), (EngineError("half"), False)])
+async def test_a_shut_gate_opens_to_known_weights_only(failure: Exception, opens: bool) -> None:
+    gate = Gate()
+
+    async def update() -> None:
+        async with gate.shut():
+            raise failure
+
+    with pytest.raises(type(failure)):
+        await update()
+    assert gate.is_open == opens
+
+
 async def test_one_that_does_not_come_out_is_named_and_the_gate_opens_again() -> None:
     gate, done = Gate(), asyncio.Event()
     running = asyncio.create_task(pass_until(gate, done, [], "a"))

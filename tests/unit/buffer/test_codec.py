@@ -217,9 +217,9 @@ def test_a_meta_that_lies_is_refused(path: tuple[object, ...], value: object, sa
 def test_deep_nesting_is_refused(nest: bytes) -> None:
     deep = nest * 100_000 + b"\x00"
     meta = _meta(make_group(), 1, value=0)
-    assert meta[:1] == b"\x9c"
+    assert meta[:1] == b"\x9d"
     # A reader skips fields it does not know, and must not run out of stack while it does.
-    for forgery in (deep, b"\x9d" + meta[1:] + deep):
+    for forgery in (deep, b"\x9e" + meta[1:] + deep):
         with pytest.raises(RecordError, match="meta"):
             decode(forged(forgery, np.zeros(14), np.zeros(8)))
 

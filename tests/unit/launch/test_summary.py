@@ -9,7 +9,10 @@ import pytest
 
 from buffer.ledger import ActorRecord, Counts, Ledger
 from launch.plots import plot_run
-from launch.summary import overlap, summarise, utilisation
+from launch.summary import overlap, render, summarise, utilisation
+
+REST = {"standard_error": 0.02, "skipped": [], "digest": "d"}
+"""Of a line in `evaluations.jsonl`, what else is looked at."""
 
 
 def ledger() -> Ledger:
@@ -79,6 +82,28 @@ def test_the_plots_are_pictures(tmp_path: Path) -> None:
     write_run(tmp_path)
     for path in plot_run(tmp_path, 2):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_are_in_the_summary_and_in_the_picture(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (before, *_) = plot_run(tmp_path, 2)
+    plain = before.read_bytes()
+    lines = [
+        {"version": version, "samples": 8, "mean_at_k": mean, "pass_at_k": {1: mean, 8: 0.9}, **REST}
+        for version, mean in ((0, 0.25), (25, 0.5), (25, 0.625))
+    ]
+    (tmp_path / "evaluations.jsonl").write_bytes(
+        b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    )
+    (after, *_) = plot_run(tmp_path, 2)
+    assert after.read_bytes() != plain
+    summary = summarise(tmp_path, ledger(), "demo", 99.0)
+    assert [(one["version"], one["mean_at_k"]) for one in summary.evaluations] == [
+        (0, 0.25),
+        (25, 0.5),
+        (25, 0.625),
+    ]
+    assert "evaluated   mean@8 0.250 at 0, 0.500 at 25, 0.625 at 25" in render(summary)
 
 
 def test_overlap_counts_training_time_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from buffer.schema import Group, Sample, Span, Version
@@ -33,3 +34,24 @@ def make_group(
         )
     table = [Version(number, "00") for number in versions]
     return Group(0, position, 0, 0, "actor-0", 1, 1.0, table, 0.0, 1.0, samples)
+
+
+def any_experts(tokens: int, layers: int, chosen: int, count: int, seed: int = 0) -> np.ndarray:
+    """uint16 [tokens, layers, chosen]: different experts out of `count` for each token and layer."""
+    source = np.random.default_rng(seed)
+    order = source.random((tokens, layers, count)).argsort(axis=2)
+    return order[:, :, :chosen].astype(np.uint16)
+
+
+def with_experts(group: Group, layers: int, chosen: int, count: int) -> Group:
+    """The group with routed experts, a function of its position."""
+    samples = [
+        msgspec.structs.replace(
+            sample,
+            routed=any_experts(
+                len(sample.tokens) - 1, layers, chosen, count, seed=8 * group.position + index
+            ),
+        )
+        for index, sample in enumerate(group.samples)
+    ]
+    return msgspec.structs.replace(group, samples=samples)

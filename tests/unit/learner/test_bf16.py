@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.model.forward import target_logprobs
-from learner.packing import pack, row_of_tokens
+from learner.model.routing import replay_routing
+from learner.packing import Row, pack, row_of_tokens
 from learner.step import Trainer
 from tests.unit.learner.families import make_family
 from tests.unit.learner.test_checkpoint import save
@@ -101,23 +100,21 @@ def theirs_with(model: torch.nn.Module, choices: Choices | None) -> tuple[np.nda
     return torch.cat(values).numpy(), used
 
 
-@contextmanager
-def replayed(model: torch.nn.Module, choices: Choices) -> Iterator[None]:
-    """Within it the routers of Megatron-Core's model send the packed sequences' tokens to these experts."""
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    for layer, router in enumerate(routers):
-        router.router_replay = RouterReplay()
-        router.router_replay.set_target_indices(torch.cat([chosen[layer] for chosen in choices]))
-        router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-    yield
-    for router in routers:
-        router.router_replay = None
-    RouterReplay.clear_global_router_replay_instances()
+def rows_with(trainer: Trainer, choices: Choices) -> list[Row]:
+    rows, layers = [row_of_tokens(sequence, 1) for sequence in sequences()], trainer._shape.layers
+    experts = [index for index, layer in enumerate(layers) if layer.experts]
+    if not experts:
+        return rows
+    replay_routing(trainer._model, trainer._shape)
+    chosen = [np.zeros((len(own[0]), len(layers), own[0].shape[1]), np.uint16) for own in choices]
+    for one, own in zip(chosen, choices, strict=True):
+        one[:, experts] = torch.stack(own, dim=1).numpy()
+    return [replace(row, routed=one) for row, one in zip(rows, chosen, strict=True)]
 
 
 def ours_with(trainer: Trainer, choices: Choices) -> np.ndarray:
-    (batch,) = pack([row_of_tokens(sequence, 1) for sequence in sequences()], 2000)
-    with torch.no_grad(), replayed(trainer._model, choices):
+    (batch,) = pack(rows_with(trainer, choices), 2000)
+    with torch.no_grad():
         return target_logprobs(trainer._parallel, batch, 256)[0].numpy()
 
 
