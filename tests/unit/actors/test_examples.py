@@ -115,8 +115,11 @@ async def test_an_environment_of_verifiers_runs_its_tool_and_its_rubric(tmp_path
     assert "4\n</tool_response>" not in Letters().decode(
         group.samples[0].tokens.tolist()
     )  # its frame is markup
-    assert Letters().decode(group.samples[0].tokens.tolist()[2:]).endswith("</tool_call>4It is 4")
-    assert [sample.reward for sample in group.samples] == [1.0, 0.0]
+    told = {
+        Letters().decode(sample.tokens.tolist()).partition("</tool_call>")[2]: sample
+        for sample in group.samples
+    }
+    assert {text: sample.reward for text, sample in told.items()} == {"4It is 4": 1.0, "4It is 3": 0.0}
 
 
 async def test_what_is_demonstrated_is_what_a_rollout_holds(tmp_path: Path) -> None:
