@@ -224,7 +224,9 @@ class Engine:
         began = clock()
         async with self.idle():
             self._ticket += 1
-            way = await self._obey(Ticket(self._ticket, held.image.path, held.encoded, check))
+            way = await self._obey(
+                Ticket(self._ticket, held.path, held.encoded, check, held.place is not None)
+            )
             label = {"new_version": held.manifest.label, "abort_all_requests": False}
             await self._calls.post("/update_weight_version", label, self._config.update_timeout_s)
             self._label = held.manifest.label

@@ -47,6 +47,7 @@ from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
 from buffer.members import Heartbeat, JoinActor, Leave
 from buffer.schema import Group
 from weightsync.config import WeightSyncConfig
+from weightsync.errors import WeightSyncError
 from weightsync.holder import Holder
 from weightsync.route import address_towards
 
@@ -386,7 +387,7 @@ def main() -> int:
     except Fenced as error:
         log.error("another process took this actor's name: %s", error)
         return 1
-    except (ActorError, StreamError) as error:
+    except (ActorError, StreamError, WeightSyncError) as error:
         log.error("%s", error)
         return 2
     return 0

@@ -1,11 +1,12 @@
 """The learner's forward and backward pass on one GPU: packed against padded, and the chunked output layer.
 
-    python -m benchmarks.gpu_learner [--json] [--models dense next]
+    python -m benchmarks.gpu_learner [--json] [--models dense next] [--untuned]
 
 Random weights in bf16; 96 sequences whose lengths have a long tail. Packed: first-fit decreasing into
 micro-batches of at most `BUDGET` tokens. Padded: in order of arrival, each micro-batch padded to its
 longest, at most `BUDGET` tokens with the padding. Seconds are the median of five turns after two that
-are not counted; tokens are real ones.
+are not counted; tokens are real ones. `--untuned` measures no kernel's configurations, which takes
+flash-linear-attention many minutes, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -119,6 +120,22 @@ def batches_of(padded: bool) -> list[Any]:
     return found
 
 
+def untuned() -> None:
+    """Triton measures no kernel's configurations, and torch compiles nothing.
+
+    It takes the last of those with the fewest stages: more of them need more shared memory than there may be.
+    """
+    import torch
+    from triton.runtime.autotuner import Autotuner
+
+    def one(self: Autotuner, *_args: object, **_kwargs: object) -> list:
+        fewest = min(config.num_stages for config in self.configs)
+        return [config for config in self.configs if config.num_stages == fewest][-1:]
+
+    Autotuner.prune_configs = one
+    torch.compiler.set_stance("force_eager")
+
+
 def timed(turn: Callable[[], None]) -> tuple[float, float]:
     """Median seconds of `turn`, and the GPU memory at its peak in bytes."""
     import torch
@@ -181,11 +198,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="the last line printed is one JSON object")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--untuned", action="store_true", help="measure no kernel's configurations")
     options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu_learner: got no CUDA GPU, expected one; see docs/gpu.md")
+    if options.untuned:
+        untuned()
     found = {}
     with tempfile.TemporaryDirectory(prefix="slipstream-gpu-") as folder:
         for name in options.models:

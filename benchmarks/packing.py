@@ -8,8 +8,8 @@ SLIPSTREAM_TEST_DATA names the folder of `gsm8k_train.jsonl`, else log-normal on
 ones with a long tail. *padding* is what is fed but is no token of an answer or its prompt, with positions
 shared by 1 x 1, 2 x 2 and 4 x 4 ranks (context x tensor); *unfilled* is what micro-batches could hold
 beside. Padded batches hold sequences in order of arrival, as many as fit the budget at the length of
-their longest. *in_turn* and *by_size*: how much more work the busiest of 4 data-parallel ranks has than
-the mean, by estimated FLOPs, with groups dealt in turn and by the size of their payloads.
+their longest. *in_turn* and *by_tokens*: how much more work the busiest of 4 data-parallel ranks has than
+the mean, by estimated FLOPs, with groups dealt in turn and by their tokens.
 
 Tokens a second are real ones, of a small Qwen3 (4 layers, width 256) on this host's CPU in fp32 with an
 answer's tokens as targets, both ways in turn in one process, the median of five turns.
@@ -30,11 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.groups import log_probabilities, token_ids
 from benchmarks.harness import parser, progress, report, table
 from buffer.batches import Assignment, Manifest
-from buffer.codec import encode
-from buffer.schema import Group, Sample, Span, Version
 from learner.flops import cost_of
 from learner.model.hf_config import read_shape
 from learner.packing import MicroBatch, Row, pack, row_of_tokens
@@ -130,33 +127,16 @@ def unevenness(lengths: Lengths, folder: Path) -> dict[str, float]:
     """Of the ranks' work: the largest over the mean, less 1."""
     cost = cost_of(read_shape(folder))
     work = np.array([cost.flops(group.sum(axis=1), group[:, 1]).sum() for group in lengths])
-    rows = [Assignment(f"{i:04d}", "", 0, len(encode(_group(group, i)))) for i, group in enumerate(lengths)]
+    fed = [int(group.sum()) - len(group) for group in lengths]
+    rows = [Assignment(f"{i:04d}", "", 0, 0, tokens) for i, tokens in enumerate(fed)]
     manifest = Manifest(rows)
     shares = [[int(row.group) for row in manifest.share(rank, RANKS)] for rank in range(RANKS)]
-    by_size = [work[share].sum() for share in shares]
+    by_tokens = [work[share].sum() for share in shares]
     in_turn = [work[rank::RANKS].sum() for rank in range(RANKS)]
     return {
-        name: float(max(of) / np.mean(of) - 1) for name, of in (("in_turn", in_turn), ("by_size", by_size))
+        name: float(max(of) / np.mean(of) - 1)
+        for name, of in (("in_turn", in_turn), ("by_tokens", by_tokens))
     }
-
-
-def _group(lengths: np.ndarray, seed: int) -> Group:
-    source = np.random.default_rng(seed)
-    prompt = token_ids(source, int(lengths[0, 0]))
-    samples = [
-        Sample(
-            tokens=np.concatenate([prompt, token_ids(source, answer)]),
-            prompt_length=len(prompt),
-            logprobs=log_probabilities(source, answer),
-            loss_runs=[answer],
-            spans=[Span(answer, 0)],
-            reward=0.0,
-            rewards={},
-            finish_reason="stop",
-        )
-        for answer in lengths[:, 1].tolist()
-    ]
-    return Group(0, 0, 0, seed, "a", 1, 1.0, [Version(0, "00")], 1.0, 2.0, samples)
 
 
 def speed(rows: Sequence[Row], folder: Path, turns: int) -> dict[str, float]:

@@ -43,6 +43,7 @@ from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports import gloo
+from weightsync.transports import round as broadcasts
 from weightsync.transports.base import Transport
 from weightsync.transports.delta import Delta, deltas
 from weightsync.transports.disk import Disk, save
@@ -249,7 +250,7 @@ def _measure(
     timed("shm", lambda: staged(Shm(), sources["shm"], manifest, None), lambda: xxhash.xxh3_128_digest(data))
     timed("peer", lambda: staged(Peer(60), sources["peer"], manifest, None), lambda: socket_copy(image))
     timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"))
-    gloo.GATHER_S = 0.0
+    broadcasts.GATHER_S = 0.0
     progress(f"{manifest.size >> 20} MiB: gloo")
     found["gloo"] = {"seconds": median_s(rounds, lambda: through_gloo(image, manifest, sources["peer"]))}
     changed = median_s(rounds, lambda: staged(Delta(60), sources["delta"], manifest, parent))

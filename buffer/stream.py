@@ -44,16 +44,19 @@ class Publish(PublishCall[Published], frozen=True):
     version_min: int
     versions: tuple[str, ...]
     """`number:digest` of each version in the group's table."""
+    tokens: int = 0
+    """Tokens that training the group feeds, by which it is dealt to ranks."""
 
     def arguments(self) -> list[Any]:
-        head = [self.actor, self.epoch, self.token, self.group, self.size, self.entry]
+        head = [self.actor, self.epoch, self.token, self.group, self.size, self.tokens, self.entry]
         return [*head, self.version_min, *self.versions]
 
     @classmethod
     def of(cls, group: Group, *, epoch: str, token: str, size: int) -> Publish:
         """The call for a group generated under a lease, encoded to `size` bytes."""
         versions = tuple(f"{version.number}:{version.digest}" for version in group.versions)
-        return cls(group.id, "", group.actor, epoch, token, size, group.version_min, versions)
+        tokens = sum(len(sample.tokens) - 1 for sample in group.samples)
+        return cls(group.id, "", group.actor, epoch, token, size, group.version_min, versions, tokens)
 
 
 class Frame(msgspec.Struct, frozen=True):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import os
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from actors.config import Sampling
+from actors.errors import EngineError
 from actors.evaluation import Asked, Figures
 from launch.config import RunConfig
 from launch.errors import LaunchError
@@ -40,10 +43,15 @@ class Evaluation(Figures, frozen=True, kw_only=True):
     digest: str
     """Of the version; empty if there is none."""
     lineage: int | None
+    """Of the run when the version was made."""
     data: str
+    """The file of the questions."""
     threshold: float
+    """An answer whose reward is at least this has passed."""
     sampling: Sampling
+    """How answers were drawn."""
     seed: int
+    """Of the run, on which the draws depend."""
     skipped: list[int]
     """Versions that were to be evaluated before this one, and came while another was."""
     time: float
@@ -63,9 +71,9 @@ def evaluate_folder(
 ) -> Evaluation:
     """Evaluates the model in `folder` as `config.evaluation` says.
 
-    `log`: of the engine, absent: a temporary one. `show` gets a progress line at every answered question;
-    when `stop` is true the engine is ended, and `KeyboardInterrupt` raised. Raises `LaunchError` for what
-    cannot be evaluated, `EngineError` if the engine fails.
+    `log`: of the engine, absent: one that is left behind only if the engine fails. `show` gets a progress
+    line at every answered question; when `stop` is true the engine is ended, and `KeyboardInterrupt` raised.
+    Raises `LaunchError` for what cannot be evaluated, `EngineError` if the engine fails.
     """
     from actors.errors import LoadError
     from actors.evaluation import figures
@@ -143,14 +151,9 @@ async def _ask(
         show(progress_bar(found, len(prompts), settings.samples))
 
     show(f"starting an engine on {folder} ...")
-    with tempfile.TemporaryDirectory(prefix="slipstream-eval-") as scratch:
+    with _engine_log(log) as path:
         engine = await Engine.start(
-            folder,
-            config.engine,
-            name="evaluator",
-            seed=config.seed,
-            log=log or Path(scratch) / "engine.log",
-            load_format="auto",
+            folder, config.engine, name="evaluator", seed=config.seed, log=path, load_format="auto"
         )
         try:
             return await ask(
@@ -163,6 +166,20 @@ async def _ask(
             )
         finally:
             await asyncio.gather(engine.stop(), rewards.close(), environment.close())
+
+
+@contextmanager
+def _engine_log(log: Path | None) -> Iterator[Path]:
+    """`log`, or a temporary file, which stays if an `EngineError` sends the user there."""
+    path, failed = log or Path(tempfile.gettempdir()) / f"slipstream-eval-{os.getpid()}.log", False
+    try:
+        yield path
+    except EngineError:
+        failed = True
+        raise
+    finally:
+        if log is None and not failed:
+            path.unlink(missing_ok=True)
 
 
 async def _interruptible(work: Coroutine[None, None, list[Asked]], stop: Callable[[], bool]) -> list[Asked]:

@@ -30,13 +30,13 @@ class Batch(msgspec.Struct, eq=False):
     queued: int
     """Groups that were ready and stay queued."""
     fetched_s: float
-    """How long reading and decoding took."""
+    """How long reading, decoding and making ready took."""
     waited_s: float = 0.0
     """How long the learner had nothing to train."""
 
 
 Fetch = Callable[[int, Manifest], list[Frame]]
-"""Reads this rank's share of a step's manifest."""
+"""Reads this rank's share of a step's manifest, and makes it ready."""
 
 
 def look_for_batch(

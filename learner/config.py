@@ -70,6 +70,10 @@ class ModelConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Targets whose logits are in memory at once, in fp32 over the vocabulary: the output layer runs over
     so many at a time, and again in the backward pass."""
 
+    peak_tflops: NonNegative = 0.0
+    """Dense TFLOP/s of one GPU in `dtype`, for the figure `mfu`; 0: in bf16 by the card's name, if it is
+    known (`learner.mfu`)."""
+
     def alone(self) -> ModelConfig:
         """The same model on one rank."""
         return msgspec.structs.replace(self, parallel=ParallelConfig())

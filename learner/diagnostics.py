@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from buffer.schema import Group
+from buffer.schema import Group, Sample
 from learner.metrics import Metrics
 from learner.objective import LOG_RATIO_LIMIT, Objective, Tokens
 from learner.objective.losses import DUAL, HIGH, LOW
@@ -119,27 +119,38 @@ def count_groups(
     tally.add("constant", sum(part.max() == part.min() for part in rewards))
     for group in batch:
         tally.add(f"{_GROUP_STALENESS}{step - group.version_min}", 1)
-    for sample in (sample for samples in valid for sample in samples):
-        tally.add("valid", 1)
-        tally.add("reward", sample.reward)
-        tally.add("reward squared", sample.reward**2)
-        tally.add("length", sample.answer_length)
-        tally.top("length", np.array([sample.answer_length]))
-        tally.add("cut", sample.finish_reason == "length")
-        for part, value in sample.rewards.items():
-            tally.add(_PART + part, value)
-            tally.add(f"with {part}", 1)
+    _count_samples(tally, [sample for samples in valid for sample in samples])
     tally.add("groups", len(chosen.groups))
     tally.add("dropped", len(chosen.dropped))
     tally.add("invalid", chosen.invalid)
     tally.add("left out", chosen.masked)
-    for group, values in zip(shaped, advantages, strict=True):
+    if shaped:
+        values = np.concatenate(advantages)
         tally.add("samples", len(values))
-        tally.add("shaped", np.array([sample.reward for sample in group.samples]))
+        tally.add("shaped", np.array([sample.reward for group in shaped for sample in group.samples]))
         tally.add("advantage", values)
         tally.add("advantage squared", np.square(values))
         tally.add("no advantage", values == 0)
         tally.top("advantage", np.abs(values))
+
+
+def _count_samples(tally: Tally, valid: Sequence[Sample]) -> None:
+    rewards, lengths = (
+        np.array([getattr(sample, field) for sample in valid]) for field in ("reward", "answer_length")
+    )
+    tally.add("valid", len(valid))
+    tally.add("reward", rewards)
+    tally.add("reward squared", np.square(rewards))
+    tally.add("length", lengths)
+    tally.top("length", lengths)
+    tally.add("cut", sum(sample.finish_reason == "length" for sample in valid))
+    parts: dict[str, list[float]] = {}
+    for sample in valid:
+        for part, value in sample.rewards.items():
+            parts.setdefault(part, []).append(value)
+    for part, values in parts.items():
+        tally.add(_PART + part, np.array(values))
+        tally.add(f"with {part}", len(values))
 
 
 def summary(tally: Tally, vtrace: bool) -> Metrics:
@@ -225,7 +236,7 @@ class Stopwatch:
         yield
         self._parts[part] += time.perf_counter() - began
 
-    def seconds(self) -> Metrics:
+    def seconds(self) -> dict[str, float]:
         """The whole time since construction, and that of each part."""
         whole = time.perf_counter() - self._began
         return {"seconds": whole, **{f"seconds_{part}": spent for part, spent in self._parts.items()}}

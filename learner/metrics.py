@@ -79,13 +79,19 @@ METRICS = (
     Metric("ess_raw", "share of tokens", "the same of the ratios pi_p / mu as they are"),
     Metric("first_weight", "-", "vtrace: mean weight of an answer's first trained token; null otherwise"),
     Metric("seconds", "s", "of the whole step"),
-    Metric("seconds_pack", "s", "choosing, packing, advantages"),
+    Metric("seconds_pack", "s", "advantages; choosing and packing, where several ranks have a say"),
     Metric("seconds_score", "s", "forward passes without gradient: pi_p, reference"),
     Metric("seconds_forward", "s", "forward passes with gradient"),
     Metric("seconds_backward", "s", "backward passes, gradients summed over ranks"),
     Metric("seconds_update", "s", "gradient clipping and optimizer"),
+    Metric(
+        "tflops",
+        "TFLOP/s",
+        "of a rank: the model's FLOPs for what was trained, over `seconds`; see `learner.flops`",
+    ),
+    Metric("mfu", "share", "tflops over what the GPU can do at its best; null without a GPU that is known"),
     Metric("seconds_wait", "s", "without a batch to train"),
-    Metric("seconds_fetch", "s", "reading and decoding the batch, while the step before trained"),
+    Metric("seconds_fetch", "s", "reading, decoding and packing the batch, while the step before trained"),
     Metric("seconds_publish", "s", "export, digest and commit of the new version, and the next"),
     Metric(
         "seconds_checkpoint", "s", "that the step waited for a checkpoint: to be begun, copied, committed"

@@ -6,7 +6,7 @@ groups -> valid samples -> mini-batches of packed micro-batches -> pi_p and refe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -17,7 +17,7 @@ from buffer.schema import Group
 from learner.config import ObjectiveConfig
 from learner.objective import Totals
 from learner.objective.divergence import k1
-from learner.packing import MicroBatch, Row, rows_of_groups
+from learner.packing import MicroBatch, Row
 from learner.samples import with_rewards
 
 
@@ -59,13 +59,13 @@ Score = Callable[[Sequence[MicroBatch]], list[torch.Tensor]]
 
 def split(
     groups: Sequence[Group],
+    rows: Mapping[str, Sequence[Row]],
     everywhere: Sequence[str],
     count: int,
-    step: int,
     pack: Pack,
     over_ranks: Callable[[list[float]], list[float]],
 ) -> list[MiniBatch]:
-    """`count` mini-batches, packed, advantages still 0.
+    """`count` mini-batches of `groups`, whose samples' rows are `rows` by group; packed, advantages still 0.
 
     `everywhere` holds the ids of all ranks' groups in canonical order: a mini-batch is a run of them, sizes
     differing by at most 1, so which groups train together does not depend on the layout. `over_ranks`
@@ -75,8 +75,7 @@ def split(
     for index in range(count):
         members = set(everywhere[size * index // count : size * (index + 1) // count])
         part = [group for group in groups if group.id in members]
-        rows = rows_of_groups(part, [np.zeros(len(group.samples)) for group in part], step)
-        batches = pack(rows)
+        batches = pack([row for group in part for row in rows[group.id]])
         sizes = [float(sum(len(b.targets) for b in batches)), float(sum(len(b.rows) for b in batches))]
         minis.append(MiniBatch(part, [Packed(batch) for batch in batches], Totals(*over_ranks(sizes))))
     return minis

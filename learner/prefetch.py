@@ -1,12 +1,12 @@
-"""The next batch is assigned, read and decoded by a thread while this one trains.
+"""The next batch is assigned, read, decoded and made ready by a thread while this one trains.
 
 One step ahead, no further, and by the rules: a step is assigned before its groups are fetched, records that
 cannot be read are struck, and the bound counts from the head, which `assign` moves, so staleness stays
 counted at the step that trains. At eta = 0 the next batch needs the weights of this one and is not ready
 before they are committed: then the thread waits as the learner would.
 
-Packing is left to the step. It needs advantages, which need all ranks, and a collective in a thread beside
-those of the step would be one too many; docs/checkpoints.md has what it takes.
+What needs other ranks is left to the step (`learner/prepare.py`): a collective in a thread beside those of
+the step would be one too many.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Prefetch(threading.Thread):
         super().__init__(name="prefetch", daemon=True)
         self._session, self._fetch = session, fetch
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Batch | StreamError | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Batch | StreamError | LearnerError | None] = queue.SimpleQueue()
         self._asked: int | None = None
         self._stopped = threading.Event()
         self._reason = "few"
@@ -44,7 +44,7 @@ class Prefetch(threading.Thread):
     def next(self, step: int, on_wait: Callable[[str], None]) -> Batch | None:
         """The batch of a step, or None once the run is over.
 
-        `on_wait` hears, in this thread, each reason to wait. Raises what the stream raised.
+        `on_wait` hears, in this thread, each reason to wait. Raises what the stream or `fetch` raised.
         """
         began = time.monotonic()
         if self._asked is None:
@@ -75,7 +75,7 @@ class Prefetch(threading.Thread):
         while (step := self._wanted.get()) is not None:
             try:
                 self._found.put(self._look(step))
-            except StreamError as error:
+            except (StreamError, LearnerError) as error:
                 self._found.put(error)
 
     def _on_wait(self, reason: str) -> None:

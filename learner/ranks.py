@@ -57,8 +57,9 @@ class Load(msgspec.Struct, tag=True, frozen=True):
 
 
 class Fetch(msgspec.Struct, tag=True, frozen=True):
-    """Read this rank's share of a manifest, in the background."""
+    """Read this rank's share of a step's manifest and make it ready, in the background."""
 
+    step: int
     manifest: Manifest
     mini_batches: int
     """So many runs of it are trained one after the other."""
@@ -193,11 +194,14 @@ class Ranks:
             self.store.wait(["dismissed"], _LOOK)
 
 
-def fetch_share(stream: Stream, order: Fetch) -> list[Frame]:
-    """This rank's rows of a manifest, in canonical order, each with its group or why there is none."""
+def fetch_share(stream: Stream, order: Fetch, trainer: Trainer) -> list[Frame]:
+    """This rank's rows of a manifest, in canonical order, each with its group or why there is none; `trainer`
+    makes the groups ready. Raises `BatchError`."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = order.manifest.share(rank, ranks, order.mini_batches)
-    return read_frames(stream, rows, routed=order.routed)
+    frames = read_frames(stream, rows, routed=order.routed)
+    trainer.prepare([frame.group for frame in frames if frame.group is not None], order.step)
+    return frames
 
 
 def agree(frames: Sequence[Frame]) -> tuple[list[Group], dict[str, str]]:
@@ -227,10 +231,10 @@ class Leader(Trainer):
         super().__init__(folder, model, optimizer, objective, seed)
 
     def fetch(self, session: Session, step: int, manifest: Manifest) -> list[Frame]:
-        """Rank 0's share of a step's manifest; called by a thread beside the step before."""
-        order = Fetch(manifest, self._objective.mini_batches, self._objective.routing_replay)
+        """Rank 0's share of a step's manifest, made ready; called by a thread beside the step before."""
+        order = Fetch(step, manifest, self._objective.mini_batches, self._objective.routing_replay)
         self._ranks.say(order)
-        return fetch_share(session.stream, order)
+        return fetch_share(session.stream, order, self)
 
     def read(self, session: Session, batch: Batch) -> list[Group]:
         """Rank 0's groups of a batch; the step trains without those that some rank cannot read.
@@ -326,7 +330,7 @@ class Follower:
                 case Load(folder):
                     trainer = self._load(Path(folder))
                 case Fetch():
-                    fetched = background.submit(fetch_share, self._stream, order)
+                    fetched = background.submit(fetch_share, self._stream, order, trainer)
                 case Read():
                     self._groups, _ = agree(fetched.result())
                 case Train(step):

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import msgspec
-import redis
 
 from buffer.client import Stream
 from buffer.schema import Group
+from learner.board import Board
 
 START = Path("weights", "0")
 """Where, in a run's folder, version 0 lies if the run made it itself by a warm-up."""
@@ -46,7 +46,7 @@ class RunRecord:
     def __init__(self, folder: Path, stream: Stream, *, going_on: bool = False) -> None:
         """`going_on`: adds to what a run that was cut off left in `folder`; else begins anew."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._stream = stream
+        self._board = Board(stream)
         mode = "a+b" if going_on else "w+b"
         self._metrics = (folder / "metrics.jsonl").open(mode)
         self._timeline = (folder / "timeline.jsonl").open(mode)
@@ -63,11 +63,8 @@ class RunRecord:
         self.progress({name: _short(value) for name, value in metrics.items() if not isinstance(value, dict)})
 
     def progress(self, figures: dict[str, Any]) -> None:
-        """Shows figures in `{run}:progress`; a Redis that is away costs only the display."""
-        try:
-            self._stream.redis.hset(self._stream.key("progress"), mapping=figures)
-        except redis.RedisError:
-            return
+        """Shows figures in `{run}:progress`, soon; a Redis that is away costs only the display."""
+        self._board.show(figures)
 
     def trained(self, step: int, start: float, end: float) -> None:
         """Records the span in which the learner trained a step."""
@@ -83,11 +80,13 @@ class RunRecord:
         self._timeline.write(msgspec.json.encode(span) + b"\n")
 
     def __enter__(self) -> RunRecord:
+        self._board.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._board.__exit__(kind, error, trace)
         self._metrics.close()
         self._timeline.close()
 

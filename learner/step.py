@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 
 from buffer.schema import Group
 from learner.advantage import advantages
-from learner.checkpoint.state import Part, load, optimizer_steps, parts
+from learner.checkpoint.state import Part, load, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
@@ -34,7 +34,8 @@ from learner.errors import BatchError, CheckpointError, ConfigError
 from learner.flops import cost_of
 from learner.legal import idle_settings
 from learner.metrics import Metrics
-from learner.minibatch import MiniBatch, Packed, less_divergence, scored, split, with_advantages
+from learner.mfu import Utilisation
+from learner.minibatch import MiniBatch, Packed, less_divergence, scored, with_advantages
 from learner.model.build import build_model, data_parallel
 from learner.model.forward import generate, of_logprobs, score, target_logprobs
 from learner.model.hf_config import read_shape
@@ -42,7 +43,9 @@ from learner.model.optimizer import (
     build_optimizer,
     clipped_update,
     learning_rate,
+    set_updates,
     torch_optimizers,
+    updates_made,
 )
 from learner.model.routing import replay_routing
 from learner.model.schedule import forward_backward, forward_only
@@ -54,14 +57,12 @@ from learner.model.world import (
     rank,
     sizes,
     sum_over_ranks,
-    union_over_ranks,
 )
 from learner.objective import Tokens, Totals, objective
 from learner.objective.losses import loss_named
 from learner.packing import MicroBatch, Row, pack, row_of_tokens
+from learner.prepare import Preparation
 from learner.reference import Reference
-from learner.routed import check_routed
-from learner.samples import choose
 from learner.watch import Watch
 
 log = logging.getLogger("learner.step")
@@ -76,7 +77,9 @@ class Snapshot:
     exact: list[torch.Tensor]
     """Copies of the optimizer's own fp32 weights, where the model's are rounded from them."""
     optimizer: list[dict[str, Any]]
-    """A copy of each optimizer's moments and counters, by parameter number."""
+    """A copy of each optimizer's moments, by parameter number."""
+    updates: int
+    """Updates behind the moments."""
     version: int
     """The version that was current."""
 
@@ -127,8 +130,10 @@ class Trainer:
             context=parallel.context,
             tensor=parallel.tensor,
         )
-        waiting = parallel_state.get_data_parallel_world_size() * parallel.pipeline > 1
-        self._cost = cost_of(self._shape) if waiting else None
+        self._alone = parallel_state.get_data_parallel_world_size() == 1
+        self._cost = None if self._alone and parallel.pipeline == 1 else cost_of(self._shape)
+        self._utilisation = Utilisation.of(model, self._shape)
+        self._preparation = Preparation(objective, self._shape, self._pack, alone=self._alone)
         self._reference: Reference | None = None
         if objective.kl.coefficient and objective.kl.reference:
             load_hf(self._model, self._shape, Path(objective.kl.reference))
@@ -137,6 +142,10 @@ class Trainer:
         self._parallel = data_parallel(self._model)
         self._device = next(self._model.parameters()).device
         self._optimizer = build_optimizer(self._parallel, optimizer)
+
+    def prepare(self, groups: Sequence[Group], step: int) -> None:
+        """Make ready, in any thread, what `train_step` of the same groups needs. Raises `BatchError`."""
+        self._preparation.ahead(groups, step)
 
     def train_step(self, groups: Sequence[Group], step: int) -> Metrics:
         """Train version `step` on `groups` and return its metrics; the version is `step` + 1 afterwards.
@@ -153,12 +162,11 @@ class Trainer:
         if not sum_over_ranks([float(len(groups))])[0]:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
         self._watch.check()
-        if self._objective.routing_replay:
-            check_routed(groups, self._shape)
         watch, tally = Stopwatch(), Tally()
-        minis = self._mini_batches(sorted(groups, key=lambda group: group.id), step, watch, tally)
+        minis = self._mini_batches(groups, step, watch, tally)
         lr = learning_rate(self._schedule, step)
         norms = [self._train(mini, step, lr, watch, tally) for mini in minis]
+        tally.add("flops", sum(self._utilisation.flops(part.batch) for mini in minis for part in mini.packed))
         self.version += 1
         done = [norm for norm in norms if norm is not None]
         total = tally.merged(merge_over_ranks, max_over_ranks)
@@ -170,7 +178,8 @@ class Trainer:
             "grad_norm": max(done, key=lambda norm: (not math.isfinite(norm), norm), default=None),
             "skipped": float(len(norms) - sum(map(math.isfinite, done))),
             "micro_batches": float(sum(len(mini.packed) for mini in minis)),
-            **watch.seconds(),
+            **(seconds := watch.seconds()),
+            **self._utilisation.figures(total["flops"], seconds["seconds"]),
         }
         self._watch.see(step, metrics)
         return metrics
@@ -232,7 +241,7 @@ class Trainer:
 
     def optimizer_steps(self) -> int:
         """Updates behind the optimizer's moments; steps that were skipped made none."""
-        return optimizer_steps(self._optimizer)
+        return updates_made(self._optimizer)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint of the run that this trainer, so far untrained, started.
@@ -254,7 +263,8 @@ class Trainer:
         """A copy of weights, optimizer state and version."""
         moments = [_copy(inner.state_dict()["state"]) for inner in torch_optimizers(self._optimizer)]
         weights = [parameter.detach().clone() for parameter in self._model.parameters()]
-        return Snapshot(weights, [copy.clone() for copy in self._exact()], moments, self.version)
+        exact = [copy.clone() for copy in self._exact()]
+        return Snapshot(weights, exact, moments, self.optimizer_steps(), self.version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`, which stays usable."""
@@ -267,6 +277,7 @@ class Trainer:
             inner.load_state_dict(
                 {"state": _copy(moments), "param_groups": inner.state_dict()["param_groups"]}
             )
+        set_updates(self._optimizer, snapshot.updates)
         self.version = snapshot.version
 
     def _exact(self) -> list[torch.Tensor]:
@@ -276,16 +287,12 @@ class Trainer:
         return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
-        self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
+        self, groups: Sequence[Group], step: int, watch: Stopwatch, tally: Tally
     ) -> list[MiniBatch]:
         """What the step trains, ready to be trained; counts the groups."""
         config, kl = self._objective, self._objective.kl
         with watch("pack"):
-            chosen = choose(groups, config)
-            for group, why in chosen.dropped.items():
-                log.warning("step %d: group %s is dropped (reward): %s", step, group, why)
-            everywhere = union_over_ranks([group.id for group in chosen.groups])
-            minis = split(chosen.groups, everywhere, config.mini_batches, step, self._pack, sum_over_ranks)
+            chosen, minis = self._preparation.mini_batches(groups, step)
         priced = kl.coefficient > 0 and kl.where == "reward"
         with watch("score"):
             if config.mini_batches > 1 or priced:
@@ -362,8 +369,8 @@ class Trainer:
         batches = self._fit(rows)
         if self._cost is None:
             return batches
-        (count,) = max_over_ranks([float(len(batches))])
-        return self._fit(rows, count=int(count), cost=self._cost)
+        count = len(batches) if self._alone else int(max_over_ranks([float(len(batches))])[0])
+        return self._fit(rows, count=count, cost=self._cost)
 
     def _accumulate(
         self, packed: Sequence[Packed], loss: Callable[..., torch.Tensor], watch: Stopwatch

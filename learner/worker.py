@@ -47,6 +47,7 @@ from learner.tokenizer import Tokenizer, model_files
 from learner.verify import check_engines
 from learner.warmup import warm_up_on
 from weightsync.config import WeightSyncConfig
+from weightsync.errors import WeightSyncError
 from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers, open_offers
@@ -330,7 +331,7 @@ def main() -> int:
     except Fenced as error:
         log.error("another learner took this run over: %s", error)
         return 1
-    except (LearnerError, StreamError) as error:
+    except (LearnerError, StreamError, WeightSyncError) as error:
         log.error("%s", error)
         return 2
     return 0

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from weightsync.errors import SourceError, Superseded, Untouched, WeightSyncError
+from weightsync.guard import Place
 from weightsync.holder import Held, Holder
 from weightsync.image import Image
 from weightsync.manifest import Manifest, decode_manifest
@@ -92,7 +93,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._staging: tuple[str, Staging] | None = None
         self._ended, self._fetching = threading.Event(), threading.Lock()
-        self._told = ""
+        self._told, self._avoided = "", ("", "")
 
     def hear(self, offer: Offer) -> None:
         """Takes note of an offer; one of an older version, or of a learner that was replaced, is ignored."""
@@ -163,6 +164,9 @@ class Agent:
         except Untouched as error:
             self.state = f"behind: {error}"
             self._say(f"version {offer.version} is refused, the engine serves the old one: {error}")
+            if held.place is not None:
+                # Only the engine can read it there, and cannot: it comes another way now.
+                self._avoided = (offer.label, self.way)
             return False
         self._served, self.apply_s = offer.label, time.monotonic() - began
         self.state = f"serving {offer.version}"
@@ -174,7 +178,7 @@ class Agent:
         assert wanted is not None
         return wanted.lineage != offer.lineage or wanted.version - offer.version > self._lag
 
-    def _fetch(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image]:
+    def _fetch(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image | Place]:
         """The version from the first sources that give it (in a thread). What is of no use is forgotten."""
         with self._fetching:
             try:
@@ -188,9 +192,9 @@ class Agent:
             self._staging[1].close()
             self._staging = None
 
-    def _pull(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image]:
+    def _pull(self, offer: Offer, sources: Sequence[Source]) -> tuple[Manifest, Image | Place]:
         problems: list[str] = []
-        for transport, source in self._ways(sources, None):
+        for transport, source in self._ways(offer, sources, None):
             try:
                 staging = self._staging_of(offer, transport.manifest(source, offer.label))
                 break
@@ -200,7 +204,7 @@ class Agent:
             raise SourceError(
                 "; ".join(problems) or f"none of {len(sources)} sources can be reached from here"
             )
-        for transport, source in self._ways(sources, staging):
+        for transport, source in self._ways(offer, sources, staging):
             try:
                 transport.fetch(source, offer.label, staging)
                 self._staging, self.way = None, transport.kind
@@ -209,12 +213,16 @@ class Agent:
                 problems.append(str(error))
         raise SourceError("; ".join(problems))
 
-    def _ways(self, sources: Sequence[Source], staging: Staging | None) -> list[tuple[Transport, Source]]:
+    def _ways(
+        self, offer: Offer, sources: Sequence[Source], staging: Staging | None
+    ) -> list[tuple[Transport, Source]]:
         return [
             (transport, source)
             for transport in self._transports
             for source in sources
-            if source.kind == transport.kind and transport.reaches(source, staging)
+            if source.kind == transport.kind
+            and (offer.label, transport.kind) != self._avoided
+            and transport.reaches(source, staging)
         ]
 
     def _staging_of(self, offer: Offer, encoded: bytes) -> Staging:

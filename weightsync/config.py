@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-WAYS = ("shm", "delta", "peer", "disk")
+WAYS = ("cuda_ipc", "shm", "delta", "peer", "disk")
 """The transports that an agent pulls by, the cheapest first."""
+ON_GPU = ("cuda_ipc", "nccl")
+"""Those that need CUDA, and the version in the memory of the learner's GPU."""
 
 
 class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
@@ -18,10 +20,13 @@ class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Seconds after which the learner names an actor that does not take a version and leaves it behind; also
     those of one operation of gloo."""
-    transport: Literal["auto", "shm", "delta", "peer", "disk", "gloo", "stock"] = "auto"
-    """How bytes travel. `auto`: shared memory on the learner's host, elsewhere what changed where that is
-    offered, else a pull from the learner or any agent. `gloo`: one broadcast to all agents that are ready.
-    `stock`: SGLang's own update over gloo."""
+    transport: Literal["auto", "cuda_ipc", "nccl", "shm", "delta", "peer", "disk", "gloo", "stock"] = "auto"
+    """How bytes travel. `auto`: on the learner's host from its GPU where that is offered, else shared memory;
+    elsewhere what changed where that is offered, else a pull from the learner or any agent. `nccl`, `gloo`:
+    one broadcast to all agents that are ready, from GPU to GPU or between hosts without. `stock`: SGLang's
+    own update over gloo."""
+    gpu: bool = False
+    """Also keep the newest version in the memory of the learner's GPU, for `cuda_ipc` and `nccl`."""
     folder: str = ""
     """A folder that learner and actors share; if named, each version is also written there."""
     delta: bool = False
@@ -35,3 +40,5 @@ class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
             raise ValueError('transport: got "disk" without a folder; set weightsync.folder to a shared one')
         if self.transport == "delta" and not self.delta:
             raise ValueError('transport: got "delta", which is not offered; set weightsync.delta = true')
+        if self.transport in ON_GPU and not self.gpu:
+            raise ValueError(f'transport: got "{self.transport}" without gpu; set weightsync.gpu = true')

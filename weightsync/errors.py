@@ -22,5 +22,9 @@ class Superseded(WeightSyncError):
     """A version under way is too old to be of use: groups it wrote could not be trained any more."""
 
 
+class NoCuda(WeightSyncError):
+    """There is no CUDA where it was asked for: no driver, no card, or no NCCL."""
+
+
 class Untouched(WeightSyncError):
     """An engine refused a version before it changed anything, and serves the old one entirely."""

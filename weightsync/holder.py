@@ -22,6 +22,7 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
+from weightsync.guard import Place
 from weightsync.image import Image
 from weightsync.manifest import Manifest, encode_manifest
 from weightsync.protocol import Source
@@ -38,10 +39,13 @@ _LOOK_S = 0.05
 
 
 class Held:
-    """One version of a holder's. A reader takes it with `Holder.take` and gives it back."""
+    """One version of a holder's."""
 
-    def __init__(self, manifest: Manifest, image: Image) -> None:
-        self.manifest, self.image = manifest, image
+    def __init__(self, manifest: Manifest, staged: Image | Place) -> None:
+        self.manifest = manifest
+        self.image = staged if isinstance(staged, Image) else None
+        """In host memory; what lies on a GPU only is not served to others."""
+        self.place = staged if isinstance(staged, Place) else None
         self.encoded = encode_manifest(manifest)
         """The manifest as it travels."""
         self.memory = Image.allocate(len(self.encoded))
@@ -50,9 +54,18 @@ class Held:
         self.delta: list[bytes] = []
         """For each chunk what changed since `manifest.parent`; empty if none was made."""
 
+    @property
+    def path(self) -> str:
+        """Where an engine of this host finds it: the image, or the guard of its slot."""
+        if self.image is not None:
+            return self.image.path
+        assert self.place is not None
+        return self.place.guard
+
     def close(self) -> None:
         """Gives the memory back; others may still have it open."""
-        self.image.close()
+        if self.image is not None:
+            self.image.close()
         self.memory.close()
 
 
@@ -73,9 +86,9 @@ class Holder:
         )
         self._thread.start()
 
-    def keep(self, manifest: Manifest, image: Image, delta: list[bytes] | None = None) -> Held:
+    def keep(self, manifest: Manifest, staged: Image | Place, delta: list[bytes] | None = None) -> Held:
         """Holds a version from now on, and forgets all but the last two."""
-        held = Held(manifest, image)
+        held = Held(manifest, staged)
         held.delta = delta or []
         with self._lock:
             before = self._held.pop(manifest.label, None)
@@ -102,12 +115,14 @@ class Holder:
     def held_bytes(self) -> int:
         """Memory of all images held."""
         with self._lock:
-            return sum(held.image.size for held in self._held.values())
+            return sum(held.image.size for held in self._held.values() if held.image)
 
     def sources(self, label: str) -> list[Source]:
         """How others get a version that is held, the cheapest first."""
         with self._lock:
             held = self._held[label]
+        if held.image is None:
+            return []
         pulled = Source("peer", "", self.url, self.token)
         changed = [Source("delta", "", self.url, self.token)] if held.delta else []
         return [shm.source_of(held.image, held.memory), *changed, pulled]
@@ -121,7 +136,7 @@ class Holder:
                 return None
             if what == "manifest":
                 return held.encoded, -1, len(held.encoded)
-            if what == "data":
+            if what == "data" and held.image is not None:
                 # A descriptor of its own: the image may be forgotten while it is being sent.
                 return None, os.dup(held.image.descriptor), held.image.size
         number = what.removeprefix("delta/")

@@ -90,6 +90,11 @@ class Image:
         assert self.descriptor >= 0, "closed"
         return mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
 
+    def private(self) -> mmap.mmap:
+        """A mapping to read from, for torch, which wants one that could be written; nobody else sees it."""
+        assert self.descriptor >= 0, "closed"
+        return mmap.mmap(self.descriptor, self.size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+
     def seal(self) -> None:
         """Ends writing for everybody, for ever."""
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)

@@ -3,25 +3,30 @@
 It runs in every rank of an engine, with the model at hand. It takes the ticket, opens the image, copies,
 compares, and reports to the agent. An exception would end the server, and half-copied weights must not
 generate: so it never raises, and the report says whether anything may have been changed.
+
+A version in host memory was verified by the agent and cannot change. One in GPU memory is verified here,
+where it lies, before anything is copied, and its owner must live on until everything is.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 import xxhash
 
+from weightsync.checksum import verify
 from weightsync.errors import WeightSyncError
 from weightsync.image import Image
 from weightsync.manifest import Manifest, decode_manifest, digest_of
 from weightsync.plan import Plan, live_tensors, uncovered, watch
+from weightsync.slot import opened
 from weightsync.ticket import FOLDER, Report, Ticket, answer, read_ticket
 
 _PLAN = "slipstream_plan"
@@ -44,26 +49,10 @@ def _obey(model: torch.nn.Module, ticket: Ticket) -> Report:
     touched = False
     try:
         manifest = decode_manifest(ticket.manifest, digest_of(ticket.manifest))
-        opened = Image.open(ticket.image, manifest.size)
-        try:
-            image = _mapped(opened)
-        finally:
-            opened.close()
-        tensors = {
-            entry.name: _view(image, entry.offset, entry.dtype, entry.shape) for entry in manifest.tensors
-        }
-        known: Plan | None = getattr(model, _PLAN, None)
-        touched = True
-        if known is not None and not known.reason and known.fits(manifest.layout, model):
-            plan, way = known, "plan"
-            with torch.no_grad():
-                plan.copy(image)
-        else:
-            plan, way = _by_names(model, manifest, image, tensors), "names"
-        # What was loaded by names was compared when it was watched, or computes what cannot be compared.
-        if ticket.check and way == "plan" and (unequal := plan.unequal(image)):
-            raise WeightSyncError(f"{unequal} of {len(plan.copies)} copies are not what was staged")
-        _synchronize(model)
+        with _image_of(ticket, manifest) as image:
+            touched = True
+            plan, way = _fill(model, manifest, image, ticket.check)
+            _synchronize(model)
     except Exception as error:  # noqa: BLE001 - reported, not raised
         problem = f"version {ticket.number}: {type(error).__name__}: {error}"
         return msgspec.structs.replace(report, problem=problem, touched=touched)
@@ -77,10 +66,43 @@ def _obey(model: torch.nn.Module, ticket: Ticket) -> Report:
     )
 
 
-def _by_names(
-    model: torch.nn.Module, manifest: Manifest, image: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> Plan:
+@contextmanager
+def _image_of(ticket: Ticket, manifest: Manifest) -> Iterator[torch.Tensor]:
+    """The verified image as uint8 [bytes], on the device where it lies.
+
+    Raises `SourceError`; after the block, where it may have become another one meanwhile.
+    """
+    if ticket.gpu:
+        with opened(ticket.image, manifest) as image:
+            verify(manifest, image)
+            yield image
+        return
+    sealed = Image.open(ticket.image, manifest.size)
+    try:
+        mapped = torch.frombuffer(sealed.private(), dtype=torch.uint8)
+    finally:
+        sealed.close()
+    yield mapped
+
+
+def _fill(
+    model: torch.nn.Module, manifest: Manifest, image: torch.Tensor, check: bool
+) -> tuple[Plan, Literal["plan", "names"]]:
+    """Copies by the plan that is known, or loads by names."""
+    known: Plan | None = getattr(model, _PLAN, None)
+    if known is None or known.reason or not known.fits(manifest.layout, model):
+        # What is loaded by names is compared as it is watched, or computes what cannot be compared.
+        return _by_names(model, manifest, image), "names"
+    with torch.no_grad():
+        known.copy(image)
+    if check and (unequal := known.unequal(image)):
+        raise WeightSyncError(f"{unequal} of {len(known.copies)} copies are not what was staged")
+    return known, "plan"
+
+
+def _by_names(model: torch.nn.Module, manifest: Manifest, image: torch.Tensor) -> Plan:
     """Loads by Hugging Face names, and keeps the plan of it on the model."""
+    tensors = {entry.name: _view(image, entry.offset, entry.dtype, entry.shape) for entry in manifest.tensors}
     plan = watch(model, manifest.layout, image, tensors, model.load_weights)
     if not plan.reason and (missing := uncovered(plan, model)):
         raise WeightSyncError(
@@ -89,13 +111,6 @@ def _by_names(
         )
     setattr(model, _PLAN, plan)
     return plan
-
-
-def _mapped(image: Image) -> torch.Tensor:
-    """The image as uint8 [bytes]; the mapping lives as long as the tensor."""
-    # Private: torch wants memory that could be written, a sealed image has none; nobody writes.
-    mapping = mmap.mmap(image.descriptor, image.size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _view(image: torch.Tensor, offset: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -44,6 +44,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """Bytes."""
     digest: str
     """xxh3-128 of these bytes; hex."""
+    sum: int | None = None
+    """What `weightsync.checksum` computes of them; absent where the learner keeps no version on a GPU."""
 
 
 class Manifest(msgspec.Struct, frozen=True):

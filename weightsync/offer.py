@@ -30,12 +30,15 @@ from weightsync.lanes import Lanes
 from weightsync.manifest import Manifest, digest_of
 from weightsync.protocol import Offer, Source, encode_request
 from weightsync.route import address_towards
+from weightsync.transports import gloo, nccl
 from weightsync.transports.delta import deltas
 from weightsync.transports.disk import save
-from weightsync.transports.gloo import Round
+from weightsync.transports.round import Round
 
 if TYPE_CHECKING:
     import torch
+
+    from weightsync.on_gpu import OnGpu
 
 _LOOK_S = 0.5
 _MAIL_LIFE_S = 600
@@ -62,6 +65,11 @@ class Offers:
         self._address = config.address or address_towards(stream.redis)
         self.holder = Holder(self._address)
         self._round: Round | None = None
+        self._on_gpu: OnGpu | None = None
+        if config.gpu:
+            from weightsync.on_gpu import open_on_gpu
+
+            self._on_gpu = open_on_gpu(config.timeout_s, log)
         self.export_s = 0.0
         """Seconds in which the thread made the last image, its digests and what else is offered of it."""
         self._changed, self._inviting = threading.Condition(), threading.Lock()
@@ -125,26 +133,35 @@ class Offers:
         parent = before.manifest.digest if before is not None and self.config.delta else ""
         named = msgspec.structs.replace(named, parent=parent)
         image, manifest = write_image(named, tensors)
+        if self._round is not None:
+            self._round.close()
+        if self._on_gpu is not None:
+            manifest = self._on_gpu.take(manifest, image)
         held = self.holder.keep(manifest, image, self._delta(before, manifest, image) if parent else None)
         sources = self.holder.sources(manifest.label)
         if self.config.folder:
             root = Path(self.config.folder)
             sources.append(save(root, manifest, image, self._kept_on_disk))
-        if self.config.transport == "gloo":
-            (holder,) = [source for source in sources if source.kind == "peer"]
-            sources.append(self._round_of(manifest, image, holder))
+        if self._on_gpu is not None:
+            sources += self._on_gpu.sources(held)
+        (holder,) = [source for source in sources if source.kind == "peer"]
+        self._round = self._round_of(manifest, image, holder)
+        if self._round is not None:
+            sources.append(self._round.source)
         with self._inviting:
             self._offered, self._sources = held, sources
 
-    def _round_of(self, manifest: Manifest, image: Image, holder: Source) -> Source:
-        """The source of a broadcast; one that nobody has come to ends."""
-        if self._round is not None:
-            self._round.close()
-        self._round = Round(self._address, manifest, image, holder, self.config.timeout_s)
-        return self._round.source
+    def _round_of(self, manifest: Manifest, image: Image, holder: Source) -> Round | None:
+        """The broadcast of a version, if it goes by one."""
+        if self.config.transport == "gloo":
+            return gloo.Round(self._address, manifest, image, holder, self.config.timeout_s)
+        if self.config.transport == "nccl" and self._on_gpu and self._on_gpu.holds(manifest.label):
+            assert self._on_gpu.slot is not None
+            return nccl.Round(self._address, self._on_gpu.slot, manifest, holder, self.config.timeout_s)
+        return None
 
     def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:
-        if before is None or before.manifest.layout != manifest.layout:
+        if before is None or before.image is None or before.manifest.layout != manifest.layout:
             return None
         return deltas(manifest, before.image, image)
 
@@ -236,6 +253,9 @@ class Offers:
             thread.join()
         if self._round is not None:
             self._round.close()
+            self._round.join(self.config.timeout_s)
+        if self._on_gpu is not None:
+            self._on_gpu.close()
         self.holder.close()
 
 

@@ -151,6 +151,7 @@ class _Watcher(TorchDispatchMode):
         self.derived: list[Derived] = []
         self.reason = ""
         self._first, self._end = image.data_ptr(), image.data_ptr() + image.numel()
+        self._device = image.device
         self._live = {tensor.untyped_storage().data_ptr() for tensor in live.values()}
         self._buffers = {tensor.untyped_storage().data_ptr() for tensor in buffers.values()} - self._live
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -213,7 +214,7 @@ class _Watcher(TorchDispatchMode):
         return value.untyped_storage().data_ptr() in self._live
 
     def _in_image(self, value: torch.Tensor) -> bool:
-        return value.device.type == "cpu" and self._first <= value.data_ptr() < self._end
+        return value.device == self._device and self._first <= value.data_ptr() < self._end
 
 
 def _addresses(model: torch.nn.Module) -> dict[str, int]:

@@ -25,7 +25,7 @@ class Source(msgspec.Struct, frozen=True):
     """Where a version can be had."""
 
     kind: str
-    """The transport: `shm`, `peer`, `disk`, `gloo` or `delta`."""
+    """The transport: `cuda_ipc`, `nccl`, `shm`, `peer`, `disk`, `gloo` or `delta`."""
     host: str
     """Identity of the host it is on; empty: of no host in particular."""
     address: str

@@ -28,11 +28,13 @@ class Ticket(msgspec.Struct, frozen=True):
     number: int
     """Of this order; reports repeat it, so that an old one is not taken for an answer."""
     image: str
-    """Path of the sealed image."""
+    """Path of the sealed image, or of the guard of its slot in GPU memory."""
     manifest: bytes
     """The manifest as it travels."""
     check: bool
     """Whether every copied element is compared afterwards."""
+    gpu: bool = False
+    """Whether `image` is a slot's guard."""
 
 
 class Report(msgspec.Struct, frozen=True):

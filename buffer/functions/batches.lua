@@ -44,17 +44,18 @@ local function sound(C, lease, group, version_min, args, from)
   return lowest == version_min
 end
 
--- publish <actor> <epoch> <token> <group> <bytes> <entry> <version_min> <"version:digest">...
+-- publish <actor> <epoch> <token> <group> <bytes> <tokens> <entry> <version_min> <"version:digest">...
 -- With entry '', in one MULTI after the XADD of the payload: the newest entry is that payload, and is deleted if
 -- refused. With shards, `entry` names the payload, and the caller deletes it unless it is the entry answered.
 -- Answers {status, reason, entry}: `ok`; `late` (lease gone: unknown or duplicate); `refused` (engine).
 local function publish(run, args)
   local key = run[1]
-  local entry, own = args[6], args[6] == ''
+  local entry, own = args[7], args[7] == ''
   if own then entry = call('XREVRANGE', key .. ':stream', '+', '-', 'COUNT', 1)[1][1] end
   if own and call('EXISTS', key .. ':state') == 0 then call('XDEL', key .. ':stream', entry) end -- begin fails
   local C = begin(run)
-  local S, name, token, group, bytes = C.S, args[1], args[3], args[4], integer(args[5], 'bytes')
+  local S, name, token, group = C.S, args[1], args[3], args[4]
+  local bytes, tokens = integer(args[5], 'bytes'), integer(args[6], 'tokens')
   local function answer(status, reason, at)
     if own and at ~= entry then write(C, 'XDEL', C.key.stream, entry) end
     finish(C)
@@ -72,8 +73,8 @@ local function publish(run, args)
     count(C, 'refused:' .. reason, 1)
     return answer('late', reason, '')
   end
-  local version_min = tonumber(args[7])
-  if not sound(C, lease, group, version_min, args, 8) then
+  local version_min = tonumber(args[8])
+  if not sound(C, lease, group, version_min, args, 9) then
     close_lease(C, token, lease, 'engine')
     return answer('refused', 'engine', '')
   end
@@ -81,7 +82,7 @@ local function publish(run, args)
   note_time(C, lease)
   write(C, 'HSET', C.key.groups, group, cjson.encode({
     entry = entry, token = token, position = lease.position, attempt = lease.attempt, limit = lease.limit,
-    deadline = lease.deadline, version_min = version_min, bytes = bytes, strikes = 0 }))
+    deadline = lease.deadline, version_min = version_min, bytes = bytes, tokens = tokens, strikes = 0 }))
   write(C, 'ZADD', C.key.ready, lease.deadline, group)
   count(C, 'queued', 1)
   set(C, 'bytes_held', S.bytes_held + bytes)
@@ -182,7 +183,7 @@ end
 local function take(C, step, taken)
   local rows = {}
   for i, row in ipairs(taken) do
-    rows[i] = { row.group, row.entry, row.version_min, row.bytes }
+    rows[i] = { row.group, row.entry, row.version_min, row.bytes, row.tokens }
     write(C, 'ZREM', C.key.ready, row.group)
     add_outstanding(C, row.deadline, -1)
   end

@@ -21,8 +21,8 @@
 --                               suspect} (JSON)
 -- {run}:ready           zset    group id, scored by deadline
 -- {run}:groups          hash    group id of a queued or assigned group -> {entry token position attempt limit deadline
---                               version_min bytes strikes} (JSON)
--- {run}:manifests       hash    step -> {rows: [[group, entry, version_min, bytes]...], strikes: {group: reason}} (JSON)
+--                               version_min bytes tokens strikes} (JSON)
+-- {run}:manifests       hash    step -> {rows: [[group, entry, version_min, bytes, tokens]...], strikes: {group: reason}} (JSON)
 -- {run}:prompts         list    "position attempt limit" of each queued prompt; leases pop the head
 -- {run}:prompt          hash    position -> prompt record, from feed until its group is covered or retired
 -- {run}:skip            hash    position assigned before Redis came back older -> the attempt that feeding it queues, -1: none

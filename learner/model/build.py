@@ -161,11 +161,15 @@ def keep_gates(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def data_parallel(model: GPTModel) -> DistributedDataParallel:
-    """Megatron-Core's data parallelism around `model`: contiguous gradient buffers, summed over ranks."""
+def data_parallel(model: GPTModel, sharded: bool | None = None) -> DistributedDataParallel:
+    """Megatron-Core's data parallelism around `model`: contiguous gradient buffers, summed over ranks.
+
+    `sharded`: each rank keeps the optimizer's state of a part of them. None: on a GPU, where alone
+    Megatron-Core takes the norm of such gradients.
+    """
     config = DistributedDataParallelConfig(
         overlap_grad_reduce=False,
-        use_distributed_optimizer=torch.cuda.is_available(),  # its gradients must be CUDA tensors
+        use_distributed_optimizer=torch.cuda.is_available() if sharded is None else sharded,
         grad_reduce_in_fp32=True,
     )
     return DistributedDataParallel(model.config, config, model)
@@ -179,6 +183,7 @@ def _shared(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline,
         "pipeline_dtype": dtype,
         "variable_seq_lengths": parallel.pipeline > 1,  # micro-batches are packed, so lengths differ
+        "moe_token_dispatcher_type": "alltoall",  # the one for such lengths, checked without experts, too
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
@@ -265,5 +270,4 @@ def _experts(experts: Experts, shape: Shape) -> dict[str, Any]:
         "moe_router_enable_expert_bias": experts.score == "sigmoid",
         "moe_router_bias_update_rate": 0.0,
         "moe_router_load_balancing_type": "none",  # no auxiliary loss
-        "moe_token_dispatcher_type": "alltoall",
     }

@@ -67,7 +67,7 @@ def chunk_gated_delta_rule(
     chunks, dtype = _Chunks(cu_seqlens), v.dtype
     q, k, v, beta, g = (chunks.cut(x.squeeze(0).float()) for x in (q, k, v, beta, g))
     g = g.cumsum(dim=-1)  # [N, H, C]: log decay since the chunk began
-    lower = torch.ones(chunks.size, chunks.size, dtype=torch.bool).tril()
+    lower = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=g.device).tril()
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, -torch.inf).exp()
     k_beta = k * beta[..., None]
     # Each token's correction depends on those before it in its chunk: (I + strictly lower) u = rhs,

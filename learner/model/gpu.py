@@ -7,14 +7,21 @@ Keys and tensors of a checkpoint are those of the CPU's modules, so either reads
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TELinear
+import torch
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TELinear,
+)
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from learner.model.cpu import rotate_packed
 from learner.model.norm import LATENT_NORM_EPS
@@ -30,8 +37,38 @@ class LatentNormLinear(TELayerNormColumnParallelLinear):
         self.eps = LATENT_NORM_EPS
 
 
+class UngroupedAttention(TEDotProductAttention):
+    """Softmax attention whose query heads have copies of keys and values of their own.
+
+    Of grouped heads wider than 128 cuDNN's backward pass of packed sequences, on Hopper, adds up what lies in
+    memory that nothing has written (Transformer Engine's issue 2448): gradients of values became nan.
+    """
+
+    def __init__(self, config: TransformerConfig, **rest: Any) -> None:
+        """The arguments of Megatron-Core's `TEDotProductAttention`."""
+        ungrouped = copy(config)
+        ungrouped.num_query_groups = config.num_attention_heads
+        super().__init__(config=ungrouped, **rest)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+    ) -> torch.Tensor:
+        """Attend: `query` [T, heads, D], `key` and `value` [T, groups, D]; returns [T, heads * D]."""
+        repeats = query.size(1) // key.size(1)
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        return super().forward(query, key, value, *rest, **named)
+
+
 class GpuBackend(TESpecProvider):
     """Transformer Engine's modules, as Megatron-Core chooses them, and two for latent attention."""
+
+    def __init__(self, head_dim: int) -> None:
+        """`head_dim`: width of the heads of softmax attention."""
+        self._wide = head_dim > 128
+
+    def core_attention(self) -> type:
+        """Softmax attention over packed sequences."""
+        return UngroupedAttention if self._wide else super().core_attention()
 
     def latent_norm_linear(self) -> type:
         """The norm and linear layer that lead out of a bottleneck."""

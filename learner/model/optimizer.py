@@ -22,7 +22,6 @@ from learner.model.cpu import CudaMeansCpu
 
 def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> MegatronOptimizer:
     """AdamW in fp32 over the parameters of `model`; Megatron-Core exempts norms from weight decay."""
-    on_gpu = torch.cuda.is_available()
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -33,9 +32,9 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
         clip_grad=0.0,  # its clip insists on CUDA tensors: see clip_gradients
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
-        use_distributed_optimizer=on_gpu,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
     )
-    with nullcontext() if on_gpu else CudaMeansCpu():
+    with nullcontext() if torch.cuda.is_available() else CudaMeansCpu():
         optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
     # Megatron-Core leaves applying the exemption to its scheduler, which is not used here.
     for group in optimizer.param_groups:
@@ -130,3 +129,23 @@ def _is_counted(param: torch.nn.Parameter) -> bool:
 def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The optimizers that hold the moments: one for what all ranks share, one for experts if they differ."""
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def updates_made(optimizer: MegatronOptimizer) -> int:
+    """Updates behind the moments; steps that were skipped made none."""
+    made = [0]
+    for inner in torch_optimizers(optimizer):  # torch counts by parameter, Transformer Engine by group
+        holders = [*inner.state.values(), *inner.param_groups]
+        made += [int(holder["step"]) for holder in holders if "step" in holder]
+    return max(made)
+
+
+def set_updates(optimizer: MegatronOptimizer, updates: int) -> None:
+    """Has the next update correct its bias as one behind `updates` others."""
+    for inner in torch_optimizers(optimizer):
+        if isinstance(inner, torch.optim.Adam):
+            for state in inner.state.values():
+                state["step"] = torch.tensor(float(updates))
+        else:
+            for group in inner.param_groups:
+                group["step"] = updates

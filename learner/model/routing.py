@@ -31,8 +31,9 @@ def replay_routing(model: torch.nn.Module, shape: Shape) -> None:
             f"objective.routing_replay: got true for a model of type {shape.family}, expected one with "
             "experts in transformer layers; set it to false"
         )
+    assert not model.config.moe_router_fusion, "a fused router chooses by itself"
+    model.config.moe_enable_routing_replay = True
     for router in _routers(model):
-        assert not router.config.moe_router_fusion, "a fused router chooses by itself"
         router.router_replay = RouterReplay()
     # The list is Megatron-Core's handle on all routers of a process; ours are found in their model.
     RouterReplay.clear_global_router_replay_instances()
@@ -45,8 +46,8 @@ def routed(model: torch.nn.Module, choices: torch.Tensor | None) -> Iterator[Non
     `choices`: integer [T, L, k], of the tokens that this rank feeds, before they are split for sequence
     parallelism, and of all layers of the model; k different experts each (`learner.routed`).
     """
-    routers = [router for router in _routers(model) if router.router_replay is not None]
-    if choices is None or not routers:
+    routers = _routers(model) if model.config.moe_enable_routing_replay else []
+    if choices is None:
         for router in routers:
             router.router_replay.clear_router_replay_action()
         yield

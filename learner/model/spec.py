@@ -55,7 +55,7 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
         return CpuBackend()
     from learner.model.gpu import GpuBackend  # needs Transformer Engine
 
-    return GpuBackend()
+    return GpuBackend(config.kv_channels)
 
 
 def block_spec(shape: Shape, config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:

@@ -69,6 +69,7 @@ def test_a_payload_crosses_the_network_once(ranks: int, stream: Stream) -> None:
     payload = sum(frame.row.size for share in shares for frame in share)
     assert payload > 250_000
     assert payload <= sent <= 1.1 * payload
-    sizes = [sum(frame.row.size for frame in share) for share in shares]
-    assert max(sizes) - min(sizes) <= max(frame.row.size for share in shares for frame in share)
+    tokens = [sum(frame.row.tokens for frame in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(frame.row.tokens for share in shares for frame in share)
+    assert sum(tokens) == 5 * 2 * (3 + 8000 - 1), "what training feeds, prompts once a sample"
     assert all(share == sorted(share, key=lambda frame: frame.row.group) for share in shares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_a_greedy_evaluation_is_what_the_learner_answers(
     assert found["reward"] == pytest.approx(share)
     assert (found["version"], found["invalid"], found["skipped"]) == (None, {}, [])
     assert "starting an engine" in printed.err
+
+
+def test_an_engine_that_fails_leaves_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, data = make_tiny("qwen3", tmp_path / "model", seed=0), write_arithmetic(tmp_path / "data", seed=0)
+    (model / "model.safetensors").write_bytes(b"no weights")
+    assert main(["eval", str(model), "--data", str(data.held_out)]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    (log,) = tmp_path.glob("slipstream-eval-*.log")
+    assert said.startswith("launch eval: engine evaluator: the server ended")
+    assert str(log) in said
 
 
 def test_an_interrupted_evaluation_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Two optimizer steps on a checkpoint, on whatever the host has; the CPU's half runs in its own process.
 
 python -m tests.gpu.steps CHECKPOINT OUT      # on the CPU: figures to OUT/metrics.json, weights beside
+python -m tests.gpu.steps --read FOLDER DTYPE OUT    # what a checkpoint of tests/parallel/sharded.py holds
 """
 
 from __future__ import annotations
@@ -39,12 +40,26 @@ def train(folder: Path, out: Path, dtype: str = "float32") -> dict[str, float | 
         groups = [make_group(position, seed=step) for position in range(4)]
         metrics = trainer.train_step(groups, step)
     trainer.save(out)
-    found = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+    found = {
+        name: value for name, value in metrics.items() if not name.startswith(("seconds", "tflops", "mfu"))
+    }
     (out / "metrics.json").write_text(json.dumps(found))
     return found
+
+
+def read(folder: Path, dtype: str, out: Path) -> None:
+    """What the first layout's checkpoint holds, to the file `out`."""
+    from safetensors.torch import save_file
+
+    from tests.parallel.sharded import held
+
+    save_file(held(folder, dtype, 0), out)
 
 
 if __name__ == "__main__":
     for name in BLOCKED:
         sys.modules[name] = None  # type: ignore[assignment]
-    train(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "--read":
+        read(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    else:
+        train(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.held import rule_name
 from learner.convert.names import rules
+from learner.errors import ModelError
 from learner.model import inputs
 from learner.model.forward import target_logits, target_logprobs
 from learner.packing import MicroBatch, pack, row_of_tokens
@@ -185,6 +186,12 @@ def test_gates_stay_in_fp32_in_a_bf16_model(tmp_path: Path) -> None:
     kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
     assert len(kept) == 3 * 2 + 4  # decays of three layers, routers of four
     assert all(name.endswith(("A_log", "dt_bias", "router.weight")) for name in kept)
+
+
+def test_a_hybrid_in_fp32_is_refused(tmp_path: Path) -> None:
+    make("nemotron_h", tmp_path)
+    with pytest.raises(ModelError, match="nemotron_h, expected bfloat16"):
+        make_trainer(tmp_path)
 
 
 def _leaves(tree: object) -> list:

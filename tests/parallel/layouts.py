@@ -49,7 +49,7 @@ PLANS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
         "TP 2": (layout(tensor=2), ("next", "dense", "latent")),
         "TP 2 ETP 2": (layout(tensor=2, expert_tensor=2), ("next",)),
         "TP 2 EP 2": (layout(tensor=2, expert=2), ("next",)),
-        "PP 2": (layout(pipeline=2), ("next", "tied", "latent")),
+        "PP 2": (layout(pipeline=2), ("next", "tied", "dense", "latent")),
         "CP 2": (layout(context=2), ("next", "dense", "latent")),
         "DP 2": (layout(), ("next", "dense")),
         "DP 2 EP 2": (layout(expert=2), ("next", "direct")),

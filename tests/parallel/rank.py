@@ -48,29 +48,47 @@ def share(groups: list) -> list:
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The gradients of the last step, after clipping, put together from all ranks as weights are."""
+    if trainer._parallel.ddp_config.use_distributed_optimizer:
+        gather_gradients(trainer)
     parameters = list(trainer._model.parameters())
     own = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad
-    found = {rule.mcore: merged.clone() for rule, merged in whole_tensors(trainer._model, trainer._shape)}
+    merged = whole_tensors(trainer._model, trainer._shape)
+    found = {rule.mcore: tensor.to("cpu", torch.float32, copy=True) for rule, tensor in merged}
     for parameter, data in zip(parameters, own, strict=True):
         parameter.data = data
     return {name: tensor for name, tensor in found.items() if not name.endswith("expert_bias")}
 
 
+def gather_gradients(trainer: Trainer) -> None:
+    """Have each data-parallel rank hold the sums of all gradients: the optimizer needs those of its part."""
+    for buffer in (*trainer._parallel.buffers, *trainer._parallel.expert_parallel_buffers):
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
 def train(
-    folder: Path, parallel: ParallelConfig, objective: ObjectiveConfig, all_calls: bool
+    folder: Path,
+    parallel: ParallelConfig,
+    objective: ObjectiveConfig,
+    all_calls: bool,
+    dtype: str = "float32",
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Figures of a step and what the model scores before it, and what else a trainer can do if `all_calls`;
     tensors on rank 0."""
-    kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
-    objective = msgspec.structs.replace(objective, kl=kl)
+    if objective.kl.coefficient:
+        kl = msgspec.structs.replace(objective.kl, reference=str(reference_of(folder)))
+        objective = msgspec.structs.replace(objective, kl=kl)
     model = ModelConfig(
         path=str(folder),
         micro_batch_tokens=48,
         parallel=parallel,
         logits_chunk=7,
         recompute="full" if objective.routing_replay else "none",
+        dtype=dtype,
     )
     trainer = Trainer(folder, model, OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=CLIP), objective)
     tensors = {f"weight {name}": tensor for name, tensor in trainer.export().items()}
@@ -78,7 +96,9 @@ def train(
     metrics = trainer.train_step(share(batch(trainer, objective)), 0)
     tensors |= {f"gradient {name}": tensor for name, tensor in gradients(trainer).items()}
     steady = {
-        name: value for name, value in metrics.items() if not name.startswith(("seconds", "micro_batches"))
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith(("seconds", "tflops", "micro_batches"))
     }
     rest = other_calls(trainer) if all_calls else {}
     return {"metrics": steady, "scores": scores, **rest}, tensors

@@ -1,9 +1,7 @@
 """One broadcast from the learner to all agents that are ready for it, between hosts without GPUs.
 
-A round is one version's: agents come to its store, for `GATHER_S` from the first one on; whoever has come
-then is in the group, whoever comes later pulls instead. Only agents are in it, never engines; every
-operation has a timeout, and if anybody dies the others lose no more than that: what they have verified
-stays, and they pull the rest.
+Who takes part is settled by `weightsync.transports.round`. If anybody dies the others lose no more than
+their wait: what they have verified stays, and they pull the rest.
 
     round = Round(address, manifest, image, timeout_s=60)       # the learner; a thread does the rest
     offer = [round.source, ...]
@@ -12,10 +10,7 @@ stays, and they pull the rest.
 
 from __future__ import annotations
 
-import secrets
 import socket
-import threading
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +19,15 @@ from weightsync.image import Image
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
+from weightsync.transports import round as rounds
 from weightsync.transports.peer import Peer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupGloo, Store
 
-GATHER_S = 0.5
-"""How long a round waits for others once the first agent has come."""
-_LOOK_S = 0.02
-
 
 class Gloo:
-    """An agent's end of a round.
-
-    In its sources `host` is where the round's store listens, `address` the learner's holder, from which the
-    manifest is pulled.
-    """
+    """An agent's end of a round."""
 
     kind = "gloo"
 
@@ -50,7 +38,7 @@ class Gloo:
 
     def reaches(self, source: Source, staging: Staging | None) -> bool:
         """While nothing of the version is here yet: a broadcast brings all of it."""
-        return staging is None or len(staging.missing()) == len(staging.manifest.chunks)
+        return staging is None or staging.is_empty
 
     def manifest(self, source: Source, version: str) -> bytes:
         """The manifest, from the learner's holder."""
@@ -59,16 +47,12 @@ class Gloo:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """Takes part in the round."""
         import torch
-        from torch.distributed import PrefixStore, TCPStore
 
         host, port = source.host.rsplit(":", 1)
         timeout = timedelta(seconds=self._timeout_s)
         try:
-            store = PrefixStore(source.token, TCPStore(host, int(port), None, False, timeout))
-            rank = store.add("joined", 1)
-            size = int(store.get("size"))  # waits until the learner has counted
-            if rank >= size:
-                raise SourceError(f"gloo: version {version} is on its way to {size - 1} others already")
+            store = rounds.store_of(source, timeout)
+            rank, size = rounds.joined(self.kind, store, version)
             group = _group(store, rank, size, _own_address(host, int(port)), timeout)
             for number in staging.missing():
                 part = torch.empty(staging.manifest.chunks[number].size, dtype=torch.uint8)
@@ -83,78 +67,33 @@ class Gloo:
             ) from error
 
 
-class Round:
-    """The learner's end: gathers agents, then broadcasts the image, once."""
+class Round(rounds.Round):
+    """The learner's end: broadcasts the image."""
 
     def __init__(
         self, address: str, manifest: Manifest, image: Image, holder: Source, timeout_s: float
     ) -> None:
-        """Listens at a free port of `address`. `holder` is a `peer` source of the same version."""
-        from torch.distributed import PrefixStore, TCPStore
-
-        self.took: int | None = None
-        """Agents that have taken it; None before the end."""
-        self._address, self._manifest, self._timeout = address, manifest, timedelta(seconds=timeout_s)
-        listener = socket.create_server((address, 0))
-        port, token = listener.getsockname()[1], holder.token or secrets.token_hex(16)
-        store = TCPStore(
-            address,
-            port,
-            None,
-            True,
-            self._timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        self.source = Source("gloo", f"{address}:{port}", holder.address, token)
-        self._closed = threading.Event()
+        """As `rounds.Round`; agents can come at once."""
+        super().__init__("gloo", address, holder, timeout_s)
+        self._address, self._manifest = address, manifest
         self._map = image.readable() if image.size else None
-        self._store = PrefixStore(token, store)
-        self._thread = threading.Thread(target=self._run, name="weights-gloo", daemon=True)
-        self._thread.start()
+        self.begin()
 
-    def close(self) -> None:
-        """Ends a round that nobody has come to; one under way goes on to its end or timeout."""
-        self._closed.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Waits for the end of the round."""
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        joined = self._gather()
-        self._store.set("size", str(joined + 1))
-        if joined == 0:
-            self.took = 0
-            return
-        try:
-            self._send(joined + 1)
-            self.took = joined
-        except RuntimeError:
-            self.took = 0  # each agent says by itself what it misses, and pulls
-
-    def _gather(self) -> int:
-        """How many agents have come."""
-        deadline = None
-        while not self._closed.is_set():
-            joined = self._store.add("joined", 0)
-            if joined and deadline is None:
-                deadline = time.monotonic() + GATHER_S
-            if deadline is not None and time.monotonic() > deadline:
-                return joined
-            time.sleep(_LOOK_S)
-        return 0
-
-    def _send(self, size: int) -> None:
+    def send(self, store: Store, size: int) -> None:
+        """Broadcasts chunk by chunk."""
         import torch
 
-        group = _group(self._store, 0, size, self._address, self._timeout)
+        group = _group(store, 0, size, self._address, self.timeout)
         assert self._map is not None
         with memoryview(self._map) as view:
             for chunk in self._manifest.chunks:
                 # A copy: torch wants memory that could be written.
                 part = bytearray(view[chunk.offset : chunk.offset + chunk.size])
-                _broadcast(group, torch.frombuffer(part, dtype=torch.uint8), self._timeout)
+                _broadcast(group, torch.frombuffer(part, dtype=torch.uint8), self.timeout)
+
+    def ended(self) -> None:
+        """The image is left to its holder."""
+        self._map = None
 
 
 def _group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> ProcessGroupGloo:

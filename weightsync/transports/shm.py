@@ -28,11 +28,7 @@ class Shm:
 
     def manifest(self, source: Source, version: str) -> bytes:
         """The manifest, from a memory file of the holder's."""
-        path = source.address.partition(" ")[2]
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise SourceError(f"shm: {path}: {error.strerror}; its process is gone") from error
+        return manifest_beside(source)
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """Takes the holder's image as it is, once every chunk of it is verified."""
@@ -42,6 +38,15 @@ class Shm:
         except BaseException:
             image.close()
             raise
+
+
+def manifest_beside(source: Source) -> bytes:
+    """The manifest in the memory file that a source names after a space. Raises `SourceError`."""
+    path = source.address.partition(" ")[2]
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{source.kind}: {path}: {error.strerror}; its process is gone") from error
 
 
 def source_of(image: Image, manifest: Image) -> Source:

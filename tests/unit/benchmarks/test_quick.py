@@ -56,7 +56,7 @@ def test_packing() -> None:
     for figures in result["lengths"].values():
         assert figures["padding_1x1"] == 0 < figures["padding_padded"]
         assert figures["packed_tokens_per_s"] > 0 < figures["padded_tokens_per_s"]
-    assert figures["by_size"] < figures["in_turn"]
+    assert figures["by_tokens"] < figures["in_turn"]
 
 
 @pytest.mark.parametrize(("median", "spread"), [(100, 0.4), (300, 1.0)])

@@ -12,7 +12,7 @@ import pytest
 
 from buffer.batches import Assigned, Manifest
 from buffer.errors import Fenced, RedisUnavailable
-from learner.errors import LearnerError
+from learner.errors import BatchError, LearnerError
 from learner.prefetch import Prefetch
 from tests.waiting import wait_until
 
@@ -107,6 +107,9 @@ def test_an_error_comes_out_at_its_own_step_and_the_step_can_be_asked_for_again(
         batches.ahead(3)
         with pytest.raises(Fenced):
             batches.next(3, never)
+        run.errors[4] = BatchError("another model's experts")
+        with pytest.raises(BatchError):
+            batches.next(4, never)
 
 
 def test_a_thread_that_waits_ends_with_the_run() -> None:
@@ -122,4 +125,4 @@ def test_a_thread_that_died_is_noticed() -> None:
     run = FakeSession(ready=10)
     run.errors[0] = ZeroDivisionError()
     with prefetch(run) as batches, pytest.raises(LearnerError, match="has died"):
-        batches.next(0, never)
+        batches.next(0, lambda _: None)  # on a busy machine it takes a while to die

@@ -13,6 +13,7 @@ from tests.unit.weightsync.versions import offer_of, version
 from weightsync import agent as module
 from weightsync.agent import Agent, Standing
 from weightsync.errors import SourceError, Untouched
+from weightsync.guard import Place
 from weightsync.holder import Held, Holder
 from weightsync.manifest import encode_manifest
 from weightsync.protocol import Offer, Source
@@ -281,6 +282,43 @@ async def test_a_refused_version_is_tried_again_and_the_old_one_is_served(scene:
     await run.says("version 3 is refused, the engine serves the old one: busy")
     await run.engine.until(3)
     assert len(run.log) == 1, "the same words are said once"
+
+
+class OnCard(Medium):
+    """Has versions in GPU memory, which only the engine can read."""
+
+    kind = "card"
+
+    def offer(self, number: int) -> Offer:
+        (manifest,) = [one for _, one in self.versions.values() if one.version == number]
+        return offer_of(manifest, [Source("card", "", "x"), Source("test", "", "x")])
+
+    def fetch(self, source: Source, label: str, staging: Staging) -> None:
+        staging.manifest = replace(
+            staging.manifest, chunks=[replace(chunk, sum=1) for chunk in staging.manifest.chunks]
+        )
+        staging.put(Place("/nowhere"))
+
+
+async def test_what_an_engine_cannot_read_on_a_gpu_comes_another_way(scene: Make) -> None:
+    run, card = scene(3, 4), OnCard(3, 4)
+    run.agent._transports = [card, run.medium]
+    ways = []
+
+    async def serve(held: Held) -> None:
+        ways.append((held.manifest.version, held.place))
+        if held.place is not None and held.manifest.version == 3:
+            raise Untouched("the card is not visible")
+        run.engine.served.append(held.manifest.version)
+        run.engine.changed.set()
+
+    run.engine.serve = serve  # type: ignore[method-assign]
+    run.agent.hear(card.offer(3))
+    await run.engine.until(3)
+    run.agent.hear(card.offer(4))
+    await run.engine.until(4)
+    assert ways == [(3, Place("/nowhere")), (3, None), (4, Place("/nowhere"))]
+    assert run.agent.way == "card"
 
 
 async def test_an_engine_whose_weights_are_unknown_ends_the_agent(scene: Make) -> None:

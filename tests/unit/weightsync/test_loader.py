@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from weightsync.cuda import visible_cards
 from weightsync.image import Image, write_image
 from weightsync.loader import layout_of, load
 from weightsync.manifest import Manifest, encode_manifest
@@ -238,6 +239,20 @@ def test_an_image_that_cannot_be_trusted_leaves_the_engine_as_it_was(obey: Obey,
     assert "SourceError" in report.problem
     assert not report.touched
     assert is_loaded(model, exported(0))
+
+
+@pytest.mark.skipif(bool(visible_cards()), reason="there is a GPU")
+def test_a_version_on_a_gpu_is_refused_untouched_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    weights = exported(0)
+    _, manifest = write_image(Manifest.of(0, weights), weights, 64)
+    hand_in(tmp_path, Ticket(0, "/proc/self/fd/0", encode_manifest(manifest), check=True, gpu=True))
+    load(Fused(), [])
+    (report,) = reports(tmp_path, 0)
+    assert "NoCuda: no CUDA" in report.problem
+    assert not report.touched
 
 
 def test_loading_that_fails_half_way_is_reported_as_touched_and_raises_nothing(obey: Obey) -> None:
