@@ -6,6 +6,7 @@ The files are written directly, so that a run starts without importing torch or 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ def _values(
     if name.endswith("A_log"):
         return np.log(source.uniform(1.0, 16.0, dims)).astype(np.float32)
     if name.endswith("dt_bias"):
-        return _inverse_softplus(np.exp(source.uniform(*np.log(DECAY_STEPS), dims))).astype(np.float32)
+        low, high = map(math.log, DECAY_STEPS)
+        return _inverse_softplus(np.exp(source.uniform(low, high, dims))).astype(np.float32)
     if name.endswith("conv1d.weight"):
         return source.uniform(-0.5, 0.5, dims).astype(np.float32)
     if len(dims) == 1:
