@@ -13,6 +13,8 @@ was never used before, which on most machines costs more than the copy; the floo
 | delta | pull what a step changed, apply, verify; making it is timed apart | memcpy into new memory |
 | gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece |
 | stock | flatten and broadcast over gloo, as SGLang itself is served | gloo broadcast |
+
+Where there are GPUs, the ways of `benchmarks.weightsync_gpu` are measured as well.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import torch
 import xxhash
 
 from benchmarks.harness import parser, progress, report, table
+from weightsync.cuda import visible_cards
 from weightsync.holder import Holder
 from weightsync.image import Image, write_image
 from weightsync.manifest import Manifest
@@ -225,6 +228,11 @@ def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
     stock, raw = gloo_seconds(weights(mib, 1), rounds)
     found["stock"] = {"seconds": stock, "floor": raw}
     found["gloo"]["floor"] = raw
+    if visible_cards():
+        progress(f"{mib} MiB: GPUs")
+        argv = [sys.executable, "-m", "benchmarks.weightsync_gpu", "--json", "--mib", str(mib)]
+        answer = subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.PIPE)
+        found |= msgspec.json.decode(answer.stdout.splitlines()[-1])["mib"][str(mib)]
     return found
 
 
