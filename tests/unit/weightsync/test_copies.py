@@ -107,7 +107,11 @@ def columns(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[:, 0:2], tensor[:, 2:4]]
 
 
-@pytest.mark.parametrize("places", [overlapping, columns])
+def gaps(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor[::3], tensor[2:4]]
+
+
+@pytest.mark.parametrize("places", [overlapping, columns, gaps])
 def test_places_that_overlap_or_have_gaps_keep_their_order(
     places: Callable[[torch.Tensor], list[torch.Tensor]],
 ) -> None:
