@@ -161,9 +161,13 @@ def ranks(config: EngineConfig) -> int:
     (4, 1)
     """
     given = config.server_args
-    tensor = given.get("tp-size", given.get("tp", given.get("tensor-parallel-size", 1)))
     pipeline = given.get("pp-size", given.get("pipeline-parallel-size", 1))
-    return int(tensor) * int(pipeline)
+    return _tensor_parallel(config) * int(pipeline)
+
+
+def _tensor_parallel(config: EngineConfig) -> int:
+    given = config.server_args
+    return int(given.get("tp-size", given.get("tp", given.get("tensor-parallel-size", 1))))
 
 
 def _flags(options: dict[str, str | int | float | bool]) -> list[str]:
@@ -197,4 +201,11 @@ def environment(config: EngineConfig) -> dict[str, str]:
             # Gloo would otherwise look up the host's name, which may not resolve offline.
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
+        if (tensor := _tensor_parallel(config)) > 1:
+            variables |= {
+                # One entry a rank: without it SGLang wants a NUMA node for each. No thread is bound by it.
+                "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tensor))),
+                # All ranks share the host's memory; what else it does is no imbalance between them.
+                "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+            }
     return variables

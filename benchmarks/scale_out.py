@@ -5,7 +5,8 @@
 A demo begins with 2 actors and is scaled to 4, 1 and 3 (--quick: to 3 and 1). For every new actor: seconds
 from the command to its engine's first answer, from there to its first weights, and from there to its first
 group that the run accepted. For fewer actors: seconds until those that leave have drained. At the end
-`launch verify` must find nothing.
+`launch verify` must find nothing. Also how long the learner stood still for a version: exporting, digesting
+and committing it, as a share of the step.
 """
 
 from __future__ import annotations
@@ -116,11 +117,21 @@ def measure(counts: list[int], folder: Path) -> dict[str, Any]:
         demo.terminate()
         demo.wait()
     return {
+        "stall": stall(folder / "runs/demo/metrics.jsonl"),
         "scaled": scaled,
         "verified": found.holds,
         "groups": found.groups.admitted,
         "code": demo.returncode,
     }
+
+
+def stall(metrics: Path) -> dict[str, float]:
+    """What publishing costs the learner: seconds, and the share of a step without its waiting; medians."""
+    steps = [msgspec.json.decode(line) for line in metrics.read_bytes().splitlines()]
+    publish = [step["seconds_publish"] for step in steps]
+    busy = [step["time"] - step["time_batch"] - step["seconds_wait"] for step in steps]
+    shares = [one / other for one, other in zip(publish, busy, strict=True)]
+    return {"seconds": median(publish), "share": median(shares), "steps": len(steps)}
 
 
 def _trains(url: str) -> bool:
@@ -139,11 +150,10 @@ def main() -> int:
         result = measure([3, 1] if options.quick else [4, 1, 3], Path(folder))
     names = ("actors", "new", "answered_s", "engine_s", "weights_s", "group_s", "total_s")
     rows = [[one.get(name, "-") for name in names] for one in result["scaled"]]
-    report(
-        result,
-        table(["actors", "new", "command", "engine", "weights", "first group", "together"], rows),
-        options,
-    )
+    text = table(["actors", "new", "command", "engine", "weights", "first group", "together"], rows)
+    stood = result["stall"]
+    text += f"\n\na version costs the learner {stood['seconds'] * 1e3:.3g} ms, {stood['share']:.2%} of a step"
+    report(result, text, options)
     return 0 if result["verified"] and result["code"] == 0 else 1
 
 

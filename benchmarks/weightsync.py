@@ -2,24 +2,28 @@
 
 `python -m benchmarks.weightsync --json`; sizes by `--mib`. The learner's side is a process of its own,
 as in a run, this one is the agent. Every figure is the median of several rounds, each into memory that
-was never used before, which on most machines costs more than the copy; the floors pay the same.
+was never used before, which on most machines costs more than the copy; the floors pay the same. A way and
+its floor take turns, so that whatever else the machine does slows both.
 
 | way | what is timed | its floor |
 |---|---|---|
 | export | tensors -> sealed image with its chunks' digests (the learner's thread) | memcpy into new memory |
-| shm | open, verify every chunk | one reading pass of xxh3-128 |
-| peer | pull over loopback TCP, verify | the same bytes over a loopback socket, sendfile and recv_into |
+| shm | open, verify every chunk, by two threads | map it, one pass of xxh3-128 |
+| peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
 | delta | pull what a step changed, apply, verify; making it is timed apart | memcpy into new memory |
-| gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece |
-| stock | flatten and broadcast over gloo, as SGLang itself is served | gloo broadcast |
+| gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece, into new memory |
+| bucket | flatten and broadcast over gloo: SGLang's own update by `flattened_bucket` | the same broadcast |
+| stock | one broadcast for each tensor: SGLang's own update without | the same broadcast |
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -27,7 +31,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +44,7 @@ import xxhash
 from benchmarks.harness import parser, progress, report, table
 from weightsync.holder import Holder
 from weightsync.image import Image, write_image
-from weightsync.manifest import Manifest
+from weightsync.manifest import Manifest, TensorEntry
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports import gloo
@@ -62,6 +67,7 @@ class Held(msgspec.Struct):
     manifest: Manifest
     sources: list[Source]
     export_s: list[float]
+    """Of exporting, and of its floor."""
     delta_s: float
     delta_bytes: int
 
@@ -85,41 +91,38 @@ def stepped(before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def hold(mib: int, rounds: int) -> None:
-    """The learner's process: makes versions 0 and 1, holds them until its input ends."""
+    """The learner's process: makes versions 0 and 1 and holds them until its input ends."""
     holder, old = Holder("127.0.0.1"), weights(mib, 0)
     parent, before = write_image(Manifest.of(0, old), old)
     holder.keep(before, parent)
     new = stepped(old)
     named = msgspec.structs.replace(Manifest.of(1, new), parent=before.digest)
-    seconds = []
     image, manifest = write_image(named, new)
-    for _ in range(rounds):
-        image.close()
-        began = time.perf_counter()
-        image, manifest = write_image(named, new)
-        seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
     found = deltas(manifest, parent, image)
     delta_s = time.perf_counter() - began
+    data = memoryview(image.readable())
+    exporting = median_s(rounds, lambda: write_image(named, new)[0], lambda: memcpy(data))
     held = holder.keep(manifest, image, found)
     size = sum(map(len, held.delta))
-    told = Held(
-        manifest, [*holder.sources(before.label)[:1], *holder.sources(manifest.label)], seconds, delta_s, size
-    )
-    print(msgspec.json.encode(told).decode(), flush=True)
-    sys.stdin.read()
+    sources = [*holder.sources(before.label)[:1], *holder.sources(manifest.label)]
+    print(msgspec.json.encode(Held(manifest, sources, exporting, delta_s, size)).decode(), flush=True)
+    for _ in sys.stdin:  # each line asks for a broadcast
+        offered = gloo.Round("127.0.0.1", manifest, image, sources[-1], 60).source
+        print(msgspec.json.encode(offered).decode(), flush=True)
 
 
-def median_s(rounds: int, once: Callable[[], object]) -> float:
-    """The median time of `once`, seconds."""
-    seconds = []
+def median_s(rounds: int, *ways: Callable[[], object]) -> list[float]:
+    """The median time of each of `ways`, seconds; they take turns."""
+    seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
-        began = time.perf_counter()
-        kept = once()
-        seconds.append(time.perf_counter() - began)
-        if isinstance(kept, Image):
-            kept.close()
-    return statistics.median(seconds)
+        for way, spent in zip(ways, seconds, strict=True):
+            began = time.perf_counter()
+            kept = way()
+            spent.append(time.perf_counter() - began)
+            if isinstance(kept, Image):
+                kept.close()
+    return [statistics.median(spent) for spent in seconds]
 
 
 def staged(transport: Transport, source: Source, manifest: Manifest, parent: Image | None) -> Image:
@@ -138,15 +141,16 @@ def memcpy(data: memoryview) -> Image:
 
 def socket_copy(image: Image) -> Image:
     """The floor of a pull: an image through a loopback socket into new memory."""
+    target, room = Image.allocate(image.size), memoryview(bytearray(1 << 20))
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=_send_image, args=(server, image))
         thread.start()
         with socket.create_connection(server.getsockname()) as client:
-            target = Image.allocate(image.size)
-            with target.writable() as room, memoryview(room) as view:
-                filled = 0
-                while filled < image.size:
-                    filled += client.recv_into(view[filled : filled + (16 << 20)])
+            filled = 0
+            while filled < image.size:
+                count = client.recv_into(room)
+                target.write(filled, room[:count])
+                filled += count
         thread.join()
     return target
 
@@ -157,46 +161,50 @@ def _send_image(server: socket.socket, image: Image) -> None:
         peer.sendfile(file)
 
 
-def through_gloo(image: Image, manifest: Manifest, holder: Source) -> Image:
-    """A broadcast to one agent, both ends in this process."""
-    one = gloo.Round("127.0.0.1", manifest, image, holder, 60)
-    return staged(gloo.Gloo(60), one.source, manifest, None)
-
-
 def disk_copy(data: memoryview, path: Path) -> Image:
     """The floor of a folder: write, fsync, read into new memory."""
     with path.open("wb", buffering=0) as file:
         for offset in range(0, len(data), 64 << 20):
             file.write(data[offset : offset + (64 << 20)])
         os.fsync(file.fileno())
-    target = Image.allocate(len(data))
-    with path.open("rb", buffering=0) as file, target.writable() as room, memoryview(room) as view:
-        filled = 0
-        while filled < len(data):
-            filled += os.readv(file.fileno(), [view[filled:]])
+    target, room, filled = Image.allocate(len(data)), memoryview(bytearray(1 << 20)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := os.readv(file.fileno(), [room]):
+            target.write(filled, room[:count])
+            filled += count
+    path.unlink()
     return target
 
 
-def gloo_seconds(tensors: dict[str, torch.Tensor], rounds: int) -> tuple[float, float]:
-    """(stock push, raw broadcast): seconds to a second process, `flatten` included in the first."""
+@contextmanager
+def receiving() -> Iterator[torch.distributed.ProcessGroupGloo]:
+    """A gloo group with a second process, which takes broadcasts of any of the sizes it is told."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    argv = [sys.executable, "-m", "benchmarks.weightsync", "--receive", f"{store.port},{size},{2 * rounds}"]
+    argv = [sys.executable, "-m", "benchmarks.weightsync", "--receive", str(store.port)]
     receiver = subprocess.Popen(argv, cwd=ROOT)
     group = _gloo(store, 0)
-    flat = flatten(tensors)
-    raw = median_s(rounds, lambda: group.broadcast([flat], _root()).wait())
-    stock = median_s(rounds, lambda: group.broadcast([flatten(tensors)], _root()).wait())
+    yield group
+    group.broadcast([torch.zeros(1, dtype=torch.int64)], _root()).wait()
     assert receiver.wait(60) == 0
-    return stock, raw
 
 
-def receive(port: int, size: int, times: int) -> None:
+def broadcast(group: torch.distributed.ProcessGroupGloo, tensors: Iterable[torch.Tensor]) -> None:
+    """Sends tensors one by one, each into new memory."""
+    for tensor in tensors:
+        flat = tensor.reshape(-1).view(torch.uint8)
+        group.broadcast([torch.tensor([flat.numel()])], _root()).wait()
+        group.broadcast([flat], _root()).wait()
+
+
+def receive(port: int) -> None:
     """The engine's process of a gloo push."""
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=60))
-    group = _gloo(store, 1)
-    for _ in range(times):
-        group.broadcast([torch.empty(size, dtype=torch.uint8)], _root()).wait()
+    group, size = _gloo(store, 1), torch.zeros(1, dtype=torch.int64)
+    while True:
+        group.broadcast([size], _root()).wait()
+        if not size.item():
+            return
+        group.broadcast([torch.empty(size.item(), dtype=torch.uint8)], _root()).wait()
 
 
 def _gloo(store: torch.distributed.TCPStore, rank: int) -> torch.distributed.ProcessGroupGloo:
@@ -215,52 +223,62 @@ def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of every way and its floor, for weights of `mib` MiB."""
     argv = [sys.executable, "-m", "benchmarks.weightsync", "--hold", f"{mib},{rounds}"]
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
     assert process.stdout is not None
     held = msgspec.json.decode(process.stdout.readline(), type=Held)
-    before, shm, changed, pull = held.sources
+
+    def through_gloo() -> Image:
+        """A broadcast to one agent."""
+        process.stdin.write(b"round\n")
+        process.stdin.flush()
+        offered = msgspec.json.decode(process.stdout.readline(), type=Source)
+        return staged(gloo.Gloo(60), offered, held.manifest, None)
+
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-", dir=ROOT) as folder:
-        found = _measure(Path(folder), held, before, {"shm": shm, "delta": changed, "peer": pull}, rounds)
+        found = _measure(Path(folder), held, through_gloo, rounds)
     process.communicate()
-    progress(f"{mib} MiB: stock")
-    stock, raw = gloo_seconds(weights(mib, 1), rounds)
-    found["stock"] = {"seconds": stock, "floor": raw}
-    found["gloo"]["floor"] = raw
     return found
 
 
 def _measure(
-    folder: Path, held: Held, before: Source, sources: dict[str, Source], rounds: int
+    folder: Path, held: Held, through_gloo: Callable[[], Image], rounds: int
 ) -> dict[str, dict[str, float]]:
-    manifest = held.manifest
-    image = staged(Shm(), sources["shm"], manifest, None)
+    manifest, (before, shm, changed, pull) = held.manifest, held.sources
+    image = staged(Shm(), shm, manifest, None)
     data = memoryview(image.readable())
     parent = Image.open(before.address.partition(" ")[0], manifest.size)
     numbers, found = itertools.count(), dict[str, dict[str, float]]()
 
     def through_disk() -> Image:
-        source = save(folder / str(next(numbers)), manifest, image, 1)
-        return staged(Disk(), source, manifest, None)
+        root = folder / str(next(numbers))
+        made = staged(Disk(), save(root, manifest, image, 1), manifest, None)
+        shutil.rmtree(root)
+        return made
 
     def timed(way: str, once: Callable[[], object], floor: Callable[[], object]) -> None:
         progress(f"{manifest.size >> 20} MiB: {way}")
-        found[way] = {"seconds": median_s(rounds, once), "floor": median_s(rounds, floor)}
+        seconds, least = median_s(rounds, once, floor)
+        found[way] = {"seconds": seconds, "floor": least}
 
-    copying = median_s(rounds, lambda: memcpy(data))
-    found["export"] = {"seconds": statistics.median(held.export_s), "floor": copying}
-    timed("shm", lambda: staged(Shm(), sources["shm"], manifest, None), lambda: xxhash.xxh3_128_digest(data))
-    timed("peer", lambda: staged(Peer(60), sources["peer"], manifest, None), lambda: socket_copy(image))
+    found["export"] = dict(zip(("seconds", "floor"), held.export_s, strict=True))
+    timed("shm", lambda: staged(Shm(), shm, manifest, None), lambda: xxhash.xxh3_128_digest(image.readable()))
+    timed("peer", lambda: staged(Peer(60), pull, manifest, None), lambda: socket_copy(image))
     timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"))
-    broadcasts.GATHER_S = 0.0
-    progress(f"{manifest.size >> 20} MiB: gloo")
-    found["gloo"] = {"seconds": median_s(rounds, lambda: through_gloo(image, manifest, sources["peer"]))}
-    changed = median_s(rounds, lambda: staged(Delta(60), sources["delta"], manifest, parent))
-    found["delta"] = {
-        "seconds": changed,
-        "floor": copying,
-        "make_seconds": held.delta_s,
-        "bytes_to_full": held.delta_bytes / manifest.size,
-    }
+    timed("delta", lambda: staged(Delta(60), changed, manifest, parent), lambda: memcpy(data))
+    found["delta"] |= {"make_seconds": held.delta_s, "bytes_to_full": held.delta_bytes / manifest.size}
+    tensors = {entry.name: _tensor(data, entry) for entry in manifest.tensors}
+    with receiving() as group:
+        whole = flatten(tensors)
+        timed("gloo", through_gloo, lambda: broadcast(group, [whole]))
+        timed("bucket", lambda: broadcast(group, [flatten(tensors)]), lambda: broadcast(group, [whole]))
+        timed("stock", lambda: broadcast(group, tensors.values()), lambda: broadcast(group, [whole]))
     return found
+
+
+def _tensor(data: memoryview, entry: TensorEntry) -> torch.Tensor:
+    """A copy of one tensor of the image, uint8 [bytes]."""
+    size = 2 * math.prod(entry.shape)
+    return torch.frombuffer(bytearray(data[entry.offset : entry.offset + size]), dtype=torch.uint8)
 
 
 def rows_of(sizes: dict[str, dict[str, dict[str, float]]]) -> list[list[object]]:
@@ -283,17 +301,18 @@ def main() -> None:
     options.add_argument(
         "--mib",
         default="96,1024",
-        help="sizes in MiB (default: 96,1024); 6 of the largest must fit into memory",
+        help="sizes in MiB (default: 96,1024); 8 of the largest must fit into memory",
     )
     options.add_argument("--hold", help=argparse.SUPPRESS)
     options.add_argument("--receive", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    broadcasts.GATHER_S = 0.0
     if chosen.hold:
         hold(*map(int, chosen.hold.split(",")))
         return
     if chosen.receive:
-        receive(*map(int, chosen.receive.split(",")))
+        receive(int(chosen.receive))
         return
     sizes = [16] if chosen.quick else list(map(int, chosen.mib.split(",")))
     rounds = 1 if chosen.quick else 5

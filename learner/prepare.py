@@ -60,7 +60,6 @@ class Preparation:
         What was made ahead counts if it was made of the same groups. A collective of the data-parallel ranks.
         """
         groups, made = _in_order(groups), self._made.pop(step, None)
-        self._made = {later: prepared for later, prepared in self._made.items() if later > step}
         if made is None or made.ids != [group.id for group in groups]:
             made = self._make(groups, step)
         for group, why in made.chosen.dropped.items():

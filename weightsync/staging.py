@@ -3,8 +3,11 @@
 staging = Staging(manifest, parent=None)
 for number in staging.missing():
     read_into(staging.room(number))         # whatever the medium
-    staging.keep(number)                    # SourceError if these are not the chunk's bytes
+    staging.keep(number)                    # SourceError if one is not what the manifest says
 image = staging.finish()                    # sealed
+
+A chunk comes into one of two buffers. While the next one comes into the other, a thread compares its digest
+and writes it to the image, which for memory that is new is cheaper than to fill it through a mapping.
 
 A version may also come to lie in GPU memory, where its owner has verified it and the engine will:
 
@@ -14,13 +17,16 @@ place = staging.finish()
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from weightsync.errors import SourceError
 from weightsync.guard import Place
-from weightsync.image import Image
+from weightsync.image import Image, populate
 from weightsync.manifest import Manifest, digest_of
+
+READERS = 2
+"""Threads that verify an image which is there already."""
 
 
 class Staging:
@@ -35,45 +41,71 @@ class Staging:
         self._go_on = go_on
         self._kept: set[int] = set()
         self._image: Image | None = None
-        self._map: mmap.mmap | None = None
         self._place: Place | None = None
+        self._buffers: list[memoryview] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._placing: tuple[int, Future[None]] | None = None
+        """The chunk at which the thread is."""
 
     def go_on(self) -> None:
         """Raises `Superseded` when nobody wants the version any more."""
         self._go_on()
 
     def missing(self) -> list[int]:
-        """Numbers of the chunks that are still to come, in order."""
+        """Numbers of the chunks that are still to come, in order; a damaged one is among them."""
+        self._placed()
         return [number for number in range(len(self.manifest.chunks)) if number not in self._kept]
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of the version is here yet."""
+        self._placed()
         return not self._kept
 
     def room(self, number: int) -> memoryview:
         """Where the bytes of a chunk go. Raises `Superseded` when nobody wants them any more."""
         self._go_on()
-        if self._map is None:
+        if self._thread is None:
+            size = max(chunk.size for chunk in self.manifest.chunks)
             self._image = Image.allocate(self.manifest.size)
-            self._map = self._image.writable()
-        chunk = self.manifest.chunks[number]
-        return memoryview(self._map)[chunk.offset : chunk.offset + chunk.size]
+            self._buffers = [memoryview(bytearray(size)) for _ in range(2)]
+            self._thread = ThreadPoolExecutor(1, "weights-verify")
+        return self._buffers[0][: self.manifest.chunks[number].size]
 
     def keep(self, number: int) -> None:
-        """The chunk is in its room. Raises `SourceError` if it is not what the manifest says."""
-        got = digest_of(self.room(number))
-        self._check(number, got)
-        self._kept.add(number)
+        """The chunk is in its room. Raises `SourceError` if the one before, or the last, is damaged."""
+        room = self.room(number)
+        assert self._thread is not None
+        error = self._placed()
+        self._placing = (number, self._thread.submit(self._write, number, room))
+        self._buffers.reverse()
+        if error is None and len(self._kept) + 1 == len(self.manifest.chunks):
+            error = self._placed()
+        if error is not None:
+            raise error
 
     def adopt(self, image: Image) -> None:
         """Takes a sealed image that holds the whole version, in place of copying. Raises `SourceError`."""
-        self._drop()
-        view = memoryview(image.readable())
-        for number, chunk in enumerate(self.manifest.chunks):
+        self.close()
+        mapping = image.readable()
+        view = memoryview(mapping)
+
+        def verify(number: int) -> None:
             self._go_on()
-            self._check(number, digest_of(view[chunk.offset : chunk.offset + chunk.size]))
-        self._image, self._kept = image, set(range(len(self.manifest.chunks)))
+            chunk = self.manifest.chunks[number]
+            populate(mapping, chunk.offset, chunk.size)
+            self._check(number, view[chunk.offset : chunk.offset + chunk.size])
+
+        everything = range(len(self.manifest.chunks))
+        with ThreadPoolExecutor(READERS, "weights-verify") as threads:
+            checks = [threads.submit(verify, number) for number in everything]
+            try:
+                for check in checks:
+                    check.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        self._image, self._kept = image, set(everything)
 
     def put(self, place: Place) -> None:
         """The whole version is in a slot, not in host memory. Raises `SourceError` if it has no sums."""
@@ -82,7 +114,7 @@ class Staging:
                 f"version {self.manifest.version}: has no sums that a GPU could verify; its learner keeps no "
                 "version on a GPU"
             )
-        self._drop()
+        self.close()
         self._place, self._kept = place, set(range(len(self.manifest.chunks)))
 
     def finish(self) -> Image | Place:
@@ -91,30 +123,51 @@ class Staging:
         if self._place is not None:
             return self._place
         assert self._image is not None
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        if not self._image.sealed:
             self._image.seal()
         image, self._image = self._image, None
+        self.close()
         return image
 
     def close(self) -> None:
         """Forgets what was not finished."""
-        self._drop()
+        self._placed()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread, self._buffers = None, []
+        if self._image is not None:
+            self._image.close()
+            self._image = None
         self._kept = set()
 
-    def _check(self, number: int, got: str) -> None:
-        wanted = self.manifest.chunks[number].digest
+    def _placed(self) -> SourceError | None:
+        """Waits for the thread; what is wrong with the chunk that it was at."""
+        if self._placing is None:
+            return None
+        (number, placing), self._placing = self._placing, None
+        error = placing.exception()
+        if error is None:
+            self._kept.add(number)
+        elif not isinstance(error, SourceError):
+            raise error
+        return error
+
+    def _write(self, number: int, room: memoryview) -> None:
+        """Verifies a chunk and writes it to the image; in the thread."""
+        assert self._image is not None
+        self._check(number, room)
+        try:
+            self._image.write(self.manifest.chunks[number].offset, room)
+        except OSError as error:
+            raise SourceError(
+                f"version {self.manifest.version}: no memory for chunk {number}, {len(room)} bytes: "
+                f"{error.strerror}; free some, or limit what else runs on this host"
+            ) from error
+
+    def _check(self, number: int, data: memoryview) -> None:
+        wanted, got = self.manifest.chunks[number].digest, digest_of(data)
         if got != wanted:
             raise SourceError(
                 f"version {self.manifest.version}: chunk {number} of {len(self.manifest.chunks)}: got digest "
                 f"{got}, expected {wanted}; the source is damaged"
             )
-
-    def _drop(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        if self._image is not None:
-            self._image.close()
-            self._image = None

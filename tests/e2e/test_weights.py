@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import secrets
-from collections.abc import AsyncIterator
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +29,10 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.step import Snapshot, Trainer
 from learner.verify import WeightCheck, check_engines
 from tests.contract.harness import Run
+from weightsync import agent, offer
 from weightsync.config import WeightSyncConfig
 from weightsync.holder import Holder
+from weightsync.image import write_image
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 
@@ -34,6 +41,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SEQUENCES = [[5, 6, 7, 8, 256], [9, 10, 11, 256], [40, 256]]
 PROMPT = [5, 6, 7]
 TOLERANCE = 1e-4
+CHUNK = 256 << 10
+"""Bytes of a chunk where a push is broken off at each."""
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +75,33 @@ class Pair:
         self.run = Run(self.learner)
         self.run.join_learner()
         epoch = int(self.run.epochs["learner"].partition(":")[0])
-        self.offers = Offers(self.learner, learner_epoch=epoch, config=config, log=print)
+        self.log = list[str]()
+        self.offers = Offers(self.learner, learner_epoch=epoch, config=config, log=self.log.append)
         self.holder, self.engine, self.config = Holder("127.0.0.1"), engine, config
         self.served: asyncio.Queue[int] = asyncio.Queue()
 
     async def __aenter__(self) -> Pair:
-        joined = await self.actor.call(JoinActor(secrets.token_hex(16), "a", "host"))
-        self.worker = WeightWorker(
-            self.actor,
-            self.engine,
-            self.holder,
-            self.config,
-            actor="a",
-            epoch=joined.epoch,
-            lag=1,
-            applied=self.served.put_nowait,
-        )
-        await self.actor.call(Heartbeat("a", joined.epoch, "running", "{}", ()))
-        self.task = asyncio.create_task(self.worker.run())
+        self.worker, self.task = await self.join("a", self.engine, self.holder, self.served.put_nowait)
         self.offers.__enter__()
         return self
+
+    async def join(
+        self, name: str, engine: Engine, holder: Holder, applied: Callable[[int], None]
+    ) -> tuple[WeightWorker, asyncio.Task[None]]:
+        """An actor of the run and its task."""
+        joined = await self.actor.call(JoinActor(secrets.token_hex(16), name, "host"))
+        worker = WeightWorker(
+            self.actor,
+            engine,
+            holder,
+            self.config,
+            actor=name,
+            epoch=joined.epoch,
+            lag=1,
+            applied=applied,
+        )
+        await self.actor.call(Heartbeat(name, joined.epoch, "running", "{}", ()))
+        return worker, asyncio.create_task(worker.run())
 
     async def push(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Commits a version, offers it, and waits until the engine serves it; what the actor says of it."""
@@ -157,11 +173,7 @@ async def test_fifty_pushes_under_generation_mix_no_version(
         await pair.push(Manifest.of(0, first), first)
         writing, ways = [asyncio.create_task(generate()) for _ in range(2)], set()
         for version in range(1, 51):
-            with torch.no_grad():
-                for parameter in trainer._model.parameters():
-                    parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
-            tensors = trainer.export()
-            manifest = Manifest.of(version, tensors)
+            manifest, tensors = step(trainer, version, draw)
             versions[manifest.label] = trainer.snapshot()
             ways.add((await pair.push(manifest, tensors))["load"])
             check = await pair.check(manifest, trainer.score(SEQUENCES))
@@ -173,6 +185,109 @@ async def test_fifty_pushes_under_generation_mix_no_version(
     assert {label for answer in answers for _, label in answer.labels[1:]}, "answers lived through pushes"
     compared = [compare(trainer, answers, label, versions[label]) for label in versions]
     assert sum(count > 0 for count in compared) > 40, "tokens were written under nearly every version"
+
+
+async def test_row_16_a_push_that_dies_at_every_chunk_mixes_no_version(
+    redis_server: LocalServer, engine: Engine, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a push is broken off the engine serves the old version; every token is of its own label."""
+    monkeypatch.setattr(agent, "RETRY_S", 0.5)
+    monkeypatch.setattr(offer, "write_image", partial(write_image, chunk_bytes=CHUNK))
+    answers: list[Completion] = []
+    draw, seeds = torch.Generator().manual_seed(2), itertools.count()
+    versions: dict[str, Snapshot] = {}
+
+    async def generate() -> None:
+        sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
+        while True:
+            answers.extend(await engine.generate(PROMPT, [next(seeds), next(seeds)], sampling))
+
+    async with Pair(redis_server, engine, WeightSyncConfig(transport="peer", timeout_s=5)) as pair:
+        first = trainer.export()
+        old = Manifest.of(0, first)
+        versions[old.label] = trainer.snapshot()
+        await pair.push(old, first)
+        count = -(-sum(tensor.nbytes for tensor in first.values()) // CHUNK)
+        answer, writing = pair.offers.holder.answer, asyncio.create_task(generate())
+        for chunk in range(count):
+            left = itertools.count(chunk, -1)
+
+            def breaks(path: str, left: Iterator[int] = left) -> Any:
+                if path.endswith("/data") and next(left) == 0:
+                    raise ConnectionAbortedError
+                return answer(path)
+
+            monkeypatch.setattr(pair.offers.holder, "answer", breaks)
+            manifest, tensors = step(trainer, chunk + 1, draw)
+            versions[manifest.label] = trainer.snapshot()
+            pushing = asyncio.create_task(pair.push(manifest, tensors))
+            while not pair.worker.figures()["weights"].startswith("behind"):
+                await asyncio.sleep(0.01)
+            (one,) = await engine.generate(PROMPT, [next(seeds)], SamplingConfig(max_new_tokens=2))
+            assert {label for _, label in one.labels} == {old.label}
+            answers.append(one)
+            await pushing
+            old = manifest
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+    assert count > 5
+    # Generation ends with the last push.
+    assert all(compare(trainer, answers, label, versions[label]) for label in list(versions)[:-1])
+
+
+@pytest.mark.accept
+async def test_a_hung_engine_delays_no_other_and_is_named_in_time(
+    redis_server: LocalServer, engine: Engine, trainer: Trainer, tmp_path: Path
+) -> None:
+    """SIGSTOP of a whole engine; when it goes on it serves the newest version, and none in between."""
+    config = EngineConfig(max_running_requests=16, max_total_tokens=2048, update_timeout_s=30)
+    folder = make_tiny_qwen3(tmp_path / "model", seed=5)
+    hung = await Engine.start(folder, config, name="hung", seed=0, log=tmp_path / "engine.log")
+    served, holder, draw = list[int](), Holder("127.0.0.1"), torch.Generator().manual_seed(3)
+
+    async def times(pair: Pair, numbers: range) -> list[float]:
+        """Seconds until `a` serves each of these versions."""
+        seconds = []
+        for number in numbers:
+            manifest, tensors = step(trainer, number, draw)
+            began = time.monotonic()
+            await pair.push(manifest, tensors)
+            seconds.append(time.monotonic() - began)
+        return seconds
+
+    async with Pair(redis_server, engine, WeightSyncConfig(timeout_s=2)) as pair:
+        _, task = await pair.join("hung", hung, holder, served.append)
+        try:
+            before = await times(pair, range(4))
+            while served[-1:] != [3]:
+                await asyncio.sleep(0.01)
+            os.killpg(hung.pid, signal.SIGSTOP)
+            stopped = time.monotonic()
+            during = await times(pair, range(4, 8))
+            while not pair.log:
+                await asyncio.sleep(0.01)
+            named = time.monotonic() - stopped
+            os.killpg(hung.pid, signal.SIGCONT)
+            while served[-1] != 7:
+                await asyncio.sleep(0.01)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, hung.stop(), return_exceptions=True)
+            holder.close()
+    print(f"pushes to the other before {before}, during {during}; named after {named:.2f} s")
+    assert "hung is left behind at version 3" in pair.log[0]
+    assert named < 2 + 2
+    assert max(during) < 2 * max(before) + 0.5
+    assert served.count(4) + served.count(5) + served.count(6) <= 1, "the one under way, no other"
+
+
+def step(trainer: Trainer, version: int, draw: torch.Generator) -> tuple[Manifest, dict[str, torch.Tensor]]:
+    """Moves the learner's weights a little: the version that makes."""
+    with torch.no_grad():
+        for parameter in trainer._model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
+    tensors = trainer.export()
+    return Manifest.of(version, tensors), tensors
 
 
 def compare(trainer: Trainer, answers: list[Completion], label: str, weights: Snapshot) -> int:

@@ -9,6 +9,7 @@ each row checks and what the full counts gave.
     real.py         trials of the real learner on Megatron-Core, with the scripted actors
     real_learner.py it, with log and points put around its calls
     writer.py       likewise, of the process that writes its checkpoints
+    weights.py      the real offers, agents and transports between scripted processes
     synchronous.py  what it must equal at eta = 0
     checkpoints.py  folders that are complete once they have their name
     points.py       SLIPSTREAM_FAULT=role:point:n[:kill|stop], logs of one JSON line an event, exit codes
@@ -31,6 +32,7 @@ After every row, `Trial.finish` or `check` looks for anything that breaks
     I6  an exit code other than the expected one, a last line without a reason, anything on standard error
 
 Rows 1, 2, 12, 23, 24: test_actors.py. Rows 3, 4, 5, 6, 15: test_learner.py. Rows 7 to 10: test_server.py.
-Row 11: test_network.py. Rows 19, 20: test_limits.py. All roles at random: test_mass.py.
-Rows 3 to 6 and 18 with the real learner: test_real_learner.py.
+Row 11: test_network.py. Rows 13, 16, 17, 25: test_membership.py, test_weights.py. Rows 19, 20:
+test_limits.py.
+All roles at random: test_mass.py. Rows 3 to 6 and 18 with the real learner: test_real_learner.py.
 """

@@ -63,6 +63,10 @@ class ActorSettings(msgspec.Struct, kw_only=True):
     """Names of the kinds of damage to draw from."""
     clock_s: float = 0.0
     """How far this process's wall clock is off."""
+    weights: bool = False
+    """Whether it pulls its weights, as `tests.faults.weights` says, instead of looking them up."""
+    weights_port: int = 0
+    """The port by which alone it pulls; 0: that of whoever offers them."""
 
 
 class Actor:
@@ -117,6 +121,13 @@ class Actor:
             await asyncio.gather(*everything, return_exceptions=True)
             await self.stream.close()
         return f"the run is over, {left.released} leases handed back"
+
+    async def to_the_end(self) -> str:
+        """The same, errors of its groups included."""
+        reason = await self.live()
+        if self.failed is not None:
+            raise self.failed
+        return reason
 
     async def _join(self, old: str) -> None:
         """Joins, unless another task did so since `old` was the epoch."""
@@ -201,7 +212,7 @@ class Actor:
             lost = self.stream.lost
             beat = await self._call(
                 lambda: Heartbeat(
-                    self.settings.name, self.epoch, self.settings.state, "{}", tuple(self.tasks)
+                    self.settings.name, self.epoch, self.settings.state, self._stats(), tuple(self.tasks)
                 )
             )
             self._close(beat.lost, "no longer wanted")
@@ -212,6 +223,10 @@ class Actor:
                 self._say("online")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.beat_now.wait(), self.settings.lease_s / 3)
+
+    def _stats(self) -> str:
+        """What heartbeats say besides; JSON."""
+        return "{}"
 
     async def _apply(self) -> None:
         """Serves the newest committed version."""
@@ -262,9 +277,13 @@ class Actor:
             else:
                 self._say(f"waiting: {lease.reason}")
                 if lease.reason in ("old-weights", "no-weights"):
-                    self.declared = False  # a server that came back older has forgotten
+                    self._behind()
                 self.slots.release()
                 await self.stream.take(self.stream.key("places"), 0.3)
+
+    def _behind(self) -> None:
+        """Admission wants a newer version, or a server that came back older has forgotten this one."""
+        self.declared = False
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Ends the actor with the error that a group met."""
@@ -323,22 +342,16 @@ class Actor:
         self.log("published", group=group.id, status=answer.status, reason=answer.reason, begun=begun)
 
 
-async def live(settings: ActorSettings, log: Log) -> str:
-    """An actor's life, errors of its groups included."""
-    actor = Actor(settings, log, Faults(settings.name))
-    reason = await actor.live()
-    if actor.failed is not None:
-        raise actor.failed
-    return reason
-
-
 def main() -> int:
     """Entry point of the process."""
     settings = msgspec.json.decode(sys.argv[1], type=ActorSettings)
     now = time.time
     time.time = lambda: now() + settings.clock_s
     log = Log(settings.log)
-    return to_the_end(log, lambda: asyncio.run(live(settings, log)))
+    kind = Actor
+    if settings.weights:
+        from tests.faults.weights import PullingActor as kind
+    return to_the_end(log, lambda: asyncio.run(kind(settings, log, Faults(settings.name)).to_the_end()))
 
 
 if __name__ == "__main__":

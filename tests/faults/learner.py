@@ -2,14 +2,16 @@
 
 It restores from its newest checkpoint whose digest is the committed one, replays the manifests since,
 trains on, and publishes no version at or below the newest committed one. Its points, in order:
-`joined restored feeding assigned read struck trained committed ckpt-... ckpt-committed`.
+`joined restored feeding assigned read struck trained committed ckpt-... ckpt-committed`; and `sending`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -26,6 +28,9 @@ from buffer.stream import read_frames
 from tests.faults import checkpoints
 from tests.faults.points import Faults, Log, to_the_end
 from tests.faults.policy import digest, initial, prompt_of, train, untrue
+
+if TYPE_CHECKING:
+    from weightsync.offer import Offers
 
 
 class LearnerSettings(msgspec.Struct, kw_only=True):
@@ -47,6 +52,8 @@ class LearnerSettings(msgspec.Struct, kw_only=True):
     patience_s: float = 30.0
     clock_s: float = 0.0
     """How far this process's wall clock is off."""
+    weights: bool = False
+    """Whether it offers its weights, as `tests.faults.weights` says."""
 
 
 class Learner:
@@ -59,6 +66,12 @@ class Learner:
         self.rules = Rules.of(settings.stream)
         self.session, self.weights, self.version = self._restore()
         self._said = ""
+        self.offers: Offers | None = None
+        if settings.weights:
+            from tests.faults import weights
+
+            epoch = int(self.session.epoch.partition(":")[0])
+            self.offers, self._publish = weights.offers(self.stream, epoch, log, faults), weights.publish
 
     def _connect(self) -> Stream:
         """A connection, also if Redis is away just now."""
@@ -93,8 +106,13 @@ class Learner:
 
     def live(self) -> str:
         """Steps until the run is over; why it is."""
+        with self.offers or nullcontext():
+            return self._live()
+
+    def _live(self) -> str:
         if self.session.version < 0:
             self.session.commit(0, digest(self.weights))
+        self._offer()
         while True:
             ledger = self._look()
             self._feed(ledger)
@@ -168,9 +186,15 @@ class Learner:
         else:
             self.session.commit(self.version, digest(self.weights))
             self.log("committed", version=self.version, digest=digest(self.weights), epoch=self.session.epoch)
+        self._offer()
         self.faults.at("committed")
         if self.version % self.settings.checkpoint_every == 0:
             self._checkpoint()
+
+    def _offer(self) -> None:
+        """Offers the version of now if it is the newest one."""
+        if self.offers is not None and self.version >= self.session.version:
+            self._publish(self.offers, self.version, self.weights)
 
     def _digests(self) -> dict[int, str]:
         return self.session.known.versions

@@ -15,7 +15,7 @@ from typing import Self
 import msgspec
 
 from buffer.process import end_with_parent
-from tests.faults import actor, learner
+from tests.faults import actor, learner, weights  # noqa: F401 (imported before the fork, since it takes seconds)
 
 MAIN = {"learner": learner.main, "actor": actor.main}
 """What a process runs; `serve` adds the real learner where it is asked for."""

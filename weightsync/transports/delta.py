@@ -17,7 +17,7 @@ import numpy as np
 from buffer.errors import RecordError
 from buffer.frame import pack, unpack
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, populate
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -48,11 +48,13 @@ class Delta:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
         assert staging.parent is not None
-        old = memoryview(staging.parent.readable())
+        held = staging.parent.readable()
+        old = memoryview(held)
         with connected(source, self._timeout_s) as connection:
             for number in staging.missing():
                 chunk = staging.manifest.chunks[number]
                 changed = ask(connection, source, f"/{version}/delta/{number}")
+                populate(held, chunk.offset, chunk.size)
                 with staging.room(number) as room:
                     decode(changed, old[chunk.offset : chunk.offset + chunk.size], room)
                 staging.keep(number)
@@ -64,7 +66,8 @@ def encode(old: memoryview, new: memoryview, word: int) -> bytes:
     whole = len(new) - len(new) % word
     before, after = np.frombuffer(old[:whole], kind), np.frombuffer(new[:whole], kind)
     changed = before != after
-    planes = np.ascontiguousarray(after[changed].view(np.uint8).reshape(-1, word).T)
+    values = after[np.flatnonzero(changed)]
+    planes = np.ascontiguousarray(values.view(np.uint8).reshape(-1, word).T)
     parts = [np.packbits(changed).tobytes(), *(plane.tobytes() for plane in planes), bytes(new[whole:])]
     return bytes([word]) + pack(parts)
 
@@ -81,8 +84,8 @@ def decode(delta: bytes, old: memoryview, room: memoryview) -> None:
     count = len(room) // word
     if len(bits) != (count + 7) // 8 or len(rest) != len(room) - count * word:
         raise SourceError(f"delta: is of another size than {len(room)} bytes; the source is damaged")
-    changed = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool)
-    if any(len(plane) != changed.sum() for plane in planes):
+    changed = _places(np.frombuffer(bits, np.uint8), count)
+    if any(len(plane) != len(changed) for plane in planes):
         raise SourceError("delta: words and their places are not equally many; the source is damaged")
     room[:] = old
     room[count * word :] = rest
@@ -90,6 +93,20 @@ def decode(delta: bytes, old: memoryview, room: memoryview) -> None:
     np.frombuffer(room[: count * word], np.dtype(f"<u{word}"))[changed] = (
         np.ascontiguousarray(values).view(f"<u{word}").reshape(-1)
     )
+
+
+def _places(bits: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the first `count` bits that are set, in order. Most bytes are 0 and are not unpacked.
+
+    >>> _places(np.array([0, 0b01000001], np.uint8), 16)
+    array([ 9, 15])
+    >>> _places(np.array([0, 0b01000001], np.uint8), 15)
+    array([9])
+    """
+    there = np.flatnonzero(bits != 0)
+    found = np.flatnonzero(np.unpackbits(bits[there]).view(bool))
+    places = there[found >> 3] * 8 + (found & 7)
+    return places[: np.searchsorted(places, count)]
 
 
 def deltas(manifest: Manifest, parent: Image, image: Image) -> list[bytes] | None:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, populate
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -54,8 +54,10 @@ class Gloo:
             store = rounds.store_of(source, timeout)
             rank, size = rounds.joined(self.kind, store, version)
             group = _group(store, rank, size, _own_address(host, int(port)), timeout)
+            # Not into the room itself: a broadcast that failed may still write to where it was told to.
+            buffer = torch.empty(staging.manifest.chunks[0].size, dtype=torch.uint8)
             for number in staging.missing():
-                part = torch.empty(staging.manifest.chunks[number].size, dtype=torch.uint8)
+                part = buffer[: staging.manifest.chunks[number].size]
                 _broadcast(group, part, timeout)
                 with staging.room(number) as room:
                     room[:] = memoryview(part.numpy())
@@ -76,7 +78,7 @@ class Round(rounds.Round):
         """As `rounds.Round`; agents can come at once."""
         super().__init__("gloo", address, holder, timeout_s)
         self._address, self._manifest = address, manifest
-        self._map = image.readable() if image.size else None
+        self._map = image.private() if image.size else None
         self.begin()
 
     def send(self, store: Store, size: int) -> None:
@@ -85,11 +87,10 @@ class Round(rounds.Round):
 
         group = _group(store, 0, size, self._address, self.timeout)
         assert self._map is not None
-        with memoryview(self._map) as view:
-            for chunk in self._manifest.chunks:
-                # A copy: torch wants memory that could be written.
-                part = bytearray(view[chunk.offset : chunk.offset + chunk.size])
-                _broadcast(group, torch.frombuffer(part, dtype=torch.uint8), self.timeout)
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        for chunk in self._manifest.chunks:
+            populate(self._map, chunk.offset, chunk.size)
+            _broadcast(group, whole[chunk.offset : chunk.offset + chunk.size], self.timeout)
 
     def ended(self) -> None:
         """The image is left to its holder."""

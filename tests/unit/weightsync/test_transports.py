@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.unit.weightsync.versions import CHUNK, damaged, holding, tensors, version
+from weightsync import staging as module
 from weightsync.config import WeightSyncConfig
 from weightsync.errors import SourceError, Superseded
 from weightsync.image import Image
@@ -76,8 +79,9 @@ def test_a_damaged_chunk_is_named_and_the_others_stay(number: int, tmp_path: Pat
             staging = Staging(manifest, None, never)
             with pytest.raises(SourceError, match=f"chunk {number} of {len(manifest.chunks)}"):
                 transport.fetch(sources[kind], manifest.label, staging)
-            kept = len(manifest.chunks) - len(staging.missing())
-            assert kept == (0 if kind == "shm" else number)
+            # The chunk after it had come when it was found.
+            later = range(number + 2, 7)
+            assert staging.missing() == (list(range(7)) if kind == "shm" else [number, *later])
             staging.close()
 
 
@@ -89,7 +93,7 @@ def test_a_pull_goes_on_at_another_holder_where_it_broke_off() -> None:
             Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
         Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
         assert bytes(staging.finish().readable()) == bytes(image.readable())
-        assert second.served_bytes == manifest.size - 5 * CHUNK, "only what was missing is pulled"
+        assert second.served_bytes == manifest.chunks[5].size, "only what was missing is pulled"
 
 
 def test_a_source_is_left_where_nobody_wants_its_version_any_more() -> None:
@@ -178,6 +182,7 @@ def test_a_damaged_delta_is_refused_or_caught_by_the_chunks_digest(place: int) -
     def bring() -> None:
         decode(bytes(delta), old, staging.room(0))
         staging.keep(0)
+        staging.keep(1)  # which says what is wrong with the one before
 
     with pytest.raises(SourceError):
         bring()
@@ -201,3 +206,38 @@ def test_the_configuration_chooses(chosen: str, expected: list[str]) -> None:
 def test_a_transport_without_what_it_needs_is_refused(chosen: str) -> None:
     with pytest.raises(ValueError, match="set weightsync"):
         WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]
+
+
+def test_a_chunk_is_verified_while_the_next_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are its own: what comes meanwhile does not touch them."""
+    image, manifest = version(4)
+    data, staging = memoryview(image.readable()), Staging(manifest, None, never)
+    gates = [threading.Event() for _ in manifest.chunks]
+    left, compute = iter(gates), module.digest_of
+
+    def late(room: memoryview) -> str:
+        assert next(left).wait(10)
+        return compute(room)
+
+    monkeypatch.setattr(module, "digest_of", late)
+    gates[-1].set()
+    for number, chunk in enumerate(manifest.chunks):
+        staging.room(number)[:] = data[chunk.offset : chunk.offset + chunk.size]
+        staging.keep(number)
+        if number < 6:
+            staging.room(number + 1)[:] = bytes(manifest.chunks[number + 1].size)
+            gates[number].set()
+    assert bytes(staging.finish().readable()) == bytes(image.readable())
+
+
+def test_a_host_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = version(4)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    staging = Staging(manifest, None, never)
+    with holding(image, manifest) as (holder, _):
+        monkeypatch.setattr(Image, "write", full)
+        with pytest.raises(SourceError, match="no memory for chunk 0"):
+            Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
