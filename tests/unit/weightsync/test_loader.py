@@ -65,6 +65,39 @@ class Plus(Fused):
         torch.add(self.qkv.data, 1.0, out=self.plus)
 
 
+class PlusInPlace(Plus):
+    """The same in two steps, as SGLang 0.5.23 does it."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.copy_(self.qkv.data).add_(1.0)
+
+
+class Accumulating(Plus):
+    """Adds to what its buffer held before."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.add_(self.qkv.data)
+
+
+class Mixing(Plus):
+    """Fills its buffer from the weights, and then from elsewhere."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.copy_(self.qkv.data).add_(torch.ones(12, 8, dtype=torch.bfloat16))
+
+
+class Filling(Plus):
+    """Fills half of its buffer, and then changes all of it."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus[:6].copy_(self.qkv.data[:6])
+        self.plus.add_(self.qkv.data)
+
+
 class Foreign(Fused):
     """Fills a part from a table of its own."""
 
@@ -164,8 +197,9 @@ def test_a_tensor_that_goes_elsewhere_first_is_followed(obey: Obey) -> None:
         assert is_loaded(model, exported(seed))
 
 
-def test_a_buffer_that_is_computed_from_weights_follows_them(obey: Obey) -> None:
-    model = Plus()
+@pytest.mark.parametrize("kind", [Plus, PlusInPlace])
+def test_a_buffer_that_is_computed_from_weights_follows_them(obey: Obey, kind: type[Plus]) -> None:
+    model = kind()
     for seed, way in ((0, "names"), (1, "plan"), (2, "plan")):
         report = obey(model, exported(seed))
         assert (report.problem, report.reason, report.way) == ("", "", way)
@@ -198,7 +232,9 @@ class Clearing(Fused):
         self.qkv.data[:4].fill_(1)
 
 
-@pytest.mark.parametrize("kind", [Scaling, Deriving, Hooked, Clearing, Foreign])
+@pytest.mark.parametrize(
+    "kind", [Scaling, Deriving, Hooked, Clearing, Foreign, Accumulating, Mixing, Filling]
+)
 def test_loading_that_does_more_than_copy_is_never_planned(obey: Obey, kind: type[Fused]) -> None:
     model = kind()
     for seed in range(2):
