@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
+from weightsync import loader
+from weightsync.checksum import sums
 from weightsync.cuda import visible_cards
+from weightsync.errors import SourceError
 from weightsync.image import Image, write_image
 from weightsync.loader import layout_of, load
 from weightsync.manifest import Manifest, encode_manifest
@@ -289,6 +294,40 @@ def test_a_version_on_a_gpu_is_refused_untouched_where_there_is_none(
     (report,) = reports(tmp_path, 0)
     assert "NoCuda: no CUDA" in report.problem
     assert not report.touched
+
+
+@pytest.mark.parametrize(
+    ("what", "problem", "touched"),
+    [("whole", "", False), ("damaged", "chunk 2 of", False), ("owner ends", "owner ended", True)],
+)
+def test_a_slot_is_verified_before_and_its_owner_after_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, problem: str, touched: bool
+) -> None:
+    """The slot is in host memory here: what the loader makes of one does not depend on where it lies."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    model, weights = Fused(), exported(1)
+    image, manifest = write_image(Manifest.of(1, weights), weights, 64)
+    memory = torch.frombuffer(image.private(), dtype=torch.uint8)
+    found = zip(manifest.chunks, sums(memory, manifest.chunks), strict=True)
+    manifest = replace(manifest, chunks=[replace(chunk, sum=one) for chunk, one in found])
+    if what == "damaged":
+        memory[2 * 64 + 9] ^= 1
+
+    @contextmanager
+    def opened(guard: str, wanted: Manifest) -> Iterator[torch.Tensor]:
+        assert (guard, wanted) == ("/the/guard", manifest)
+        yield memory
+        if what == "owner ends":
+            raise SourceError("owner ended")
+
+    monkeypatch.setattr(loader, "opened", opened)
+    hand_in(tmp_path, Ticket(1, "/the/guard", encode_manifest(manifest), check=True, gpu=True))
+    load(model, [])
+    (report,) = reports(tmp_path, 1)
+    assert problem in report.problem
+    assert (report.touched, bool(report.problem)) == (touched, bool(problem))
+    assert is_loaded(model, weights) == (what != "damaged")
+    assert bool(model.qkv.any()) == (what != "damaged")
 
 
 def test_loading_that_fails_half_way_is_reported_as_touched_and_raises_nothing(obey: Obey) -> None:
