@@ -5,6 +5,7 @@
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make test-gpu   the GPU kernels, on a host that has them: docs/gpu.md (GPU_PYTHON=python3)
 #   make test-sglang  the engine's tests with a newer SGLang (SGLANG=0.5.23) beside the pinned one
+#   make test-verifiers  the tests of environments of the package verifiers, which is put beside the rest
 #   make nightly    the replay stream's state machine, at length
 #   make bench      the benchmarks of the replay stream and of packing  (about 12 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
@@ -21,7 +22,7 @@ TORCH_INDEX ?=
 # Real text for tests, if it lies beside the checkout.
 export SLIPSTREAM_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup demo test test-gpu test-sglang check faults nightly accept rehearse bench clean
+.PHONY: setup demo test test-gpu test-sglang test-verifiers check faults nightly accept rehearse bench clean
 
 setup: $(READY)
 
@@ -55,6 +56,14 @@ $(VENV)/sglang-$(SGLANG): $(READY)
 test-sglang: $(VENV)/sglang-$(SGLANG)
 	PYTHONPATH=$(abspath $<) $(VENV)/bin/python -m pytest tests/e2e/test_engine.py tests/e2e/test_engine_families.py \
 		tests/e2e/test_continuation.py tests/e2e/test_weights.py $(ARGS)
+
+$(VENV)/verifiers/.ready: requirements/verifiers.txt $(READY)
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/verifiers -r requirements/verifiers.txt
+	touch $@
+
+test-verifiers: $(VENV)/verifiers/.ready
+	PYTHONPATH=$(abspath $(VENV)/verifiers) $(VENV)/bin/python -m pytest tests/unit/actors/test_verifiers.py \
+		tests/unit/actors/test_examples.py $(ARGS)
 
 faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(ARGS)

@@ -1,4 +1,4 @@
-"""How many groups are in flight: a number, or one that follows the engine's load.
+"""How many groups are generated at a time: a number, or one that follows the engine's load.
 
 As congestion control in TCP and in prime-rl: one more while the engine has room, a share of them fewer
 when requests wait in its queue or its key-value cache is nearly full.
@@ -30,18 +30,24 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Slots:
-    """Places for groups in flight. `limit` may change; those above a lower one are not taken away.
+    """Places for groups in flight: `limit` for those being generated, and as many again for groups that are
+    generated and being scored or handed in, so that the engine goes on meanwhile.
 
-    Lifecycle of a place: `acquire`, which waits for one, then `release`.
+    `limit` may change; places above a lower one are not taken away. Lifecycle of a place: `acquire`, which
+    waits for one, `Place.generated`, `Place.release`.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._taken, self._freed = limit, 0, asyncio.Event()
+        self._limit, self._freed = limit, asyncio.Event()
         self._short = False
+        self.taken = 0
+        """Groups being generated, at times more than `limit`."""
+        self.behind = 0
+        """Groups that are generated and not released."""
 
     @property
     def limit(self) -> int:
-        """Places there are."""
+        """Groups that may be generated at the same time."""
         return self._limit
 
     @limit.setter
@@ -49,28 +55,45 @@ class Slots:
         self._limit = value
         self._freed.set()
 
-    @property
-    def taken(self) -> int:
-        """Places that are taken, at times more than `limit`."""
-        return self._taken
-
-    async def acquire(self) -> None:
+    async def acquire(self) -> Place:
         """Takes a place, once there is one."""
-        while self._taken >= self._limit:
-            self._short = True
+        while self._full() or self.taken + self.behind >= 2 * self._limit:
+            self._short = self._short or self._full()
             self._freed.clear()
             await self._freed.wait()
-        self._taken += 1
+        self.taken += 1
+        return Place(self)
 
-    def release(self) -> None:
-        """Gives a place back."""
-        self._taken -= 1
+    def moved(self, *, taken: int, behind: int) -> None:
+        """Changes the counts; `Place` calls it."""
+        self.taken += taken
+        self.behind += behind
         self._freed.set()
 
     def was_short(self) -> bool:
-        """Whether anybody had to wait for a place since this was asked last."""
-        short, self._short = self._short or self._taken >= self._limit, False
+        """Whether anybody had to wait for the engine since this was asked last."""
+        short, self._short = self._short or self._full(), False
         return short
+
+    def _full(self) -> bool:
+        return self.taken >= self._limit
+
+
+class Place:
+    """One group's place. Made by `Slots.acquire`."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots, self._behind = slots, False
+
+    def generated(self) -> None:
+        """The engine has no more to do for the group: another one may be generated."""
+        if not self._behind:
+            self._behind = True
+            self._slots.moved(taken=-1, behind=1)
+
+    def release(self) -> None:
+        """Gives the place back, generated or not. Once, and the last call."""
+        self._slots.moved(taken=0 if self._behind else -1, behind=-1 if self._behind else 0)
 
 
 def next_limit(limit: int, load: Load, config: AdaptiveConfig, *, short: bool, group_size: int) -> int:

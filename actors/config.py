@@ -136,12 +136,12 @@ class EnvironmentConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 
 class AdaptiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """Groups in flight as the engine's load allows."""
+    """Groups generated at a time as the engine's load allows."""
 
     least: Count = 1
-    """Fewest groups in flight."""
+    """Fewest groups at a time."""
     most: Count = 64
-    """Most groups in flight."""
+    """Most groups at a time."""
     every_s: Positive = 2.0
     """Seconds between two looks at the engine's load."""
     usage_max: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
@@ -163,7 +163,8 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     """What an actor does with its leases."""
 
     concurrency: Count = 4
-    """Groups an actor keeps in flight; with `adaptive`, at first."""
+    """Groups an actor generates at a time; with `adaptive`, at first. As many more may be being scored and
+    handed in meanwhile."""
     adaptive: AdaptiveConfig | None = None
     """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()

@@ -65,23 +65,38 @@ Scored = tuple[Trajectory, Verdict]
 
 
 async def answers(
-    engine: Generator, prompt: Prompt, seed: Callable[[int, int], int], recipe: Recipe
+    engine: Generator,
+    prompt: Prompt,
+    seed: Callable[[int, int], int],
+    recipe: Recipe,
+    generated: Callable[[], None] = lambda: None,
 ) -> list[Scored | SampleError]:
-    """The G conversations about a prompt, each scored, or why it is not; `seed` is that of (sample, turn).
+    """The G conversations about a prompt, each scored when it has ended, or why it is not.
 
-    Raises `EngineError`, and `LoadError` if the reward cannot be loaded at all.
+    `seed` is that of (sample, turn); `generated` is called when the last conversation has ended, while
+    samples are still being scored. Raises `EngineError`, and `LoadError` if the reward cannot be loaded at
+    all.
     """
-    batcher = Batcher(engine)
+    batcher, talking = Batcher(engine), set(range(recipe.group_size))
+
+    def ended(index: int) -> None:
+        talking.discard(index)
+        if not talking:
+            generated()
+
     try:
         return await _all(
-            _sample(batcher, partial(seed, index), prompt, recipe) for index in range(recipe.group_size)
+            _sample(batcher, partial(seed, index), prompt, recipe, partial(ended, index))
+            for index in range(recipe.group_size)
         )
     finally:
         await batcher.close()
 
 
-async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
-    """Generates and scores the group of a lease.
+async def rollout(
+    engine: Generator, lease: Lease, recipe: Recipe, generated: Callable[[], None] = lambda: None
+) -> Group:
+    """Generates and scores the group of a lease; `generated` is that of `answers`.
 
     A sample whose environment or reward function failed is invalid and left out of the group, which then
     has fewer than G. Raises `EngineError` if the engine fails or returns what cannot be trained,
@@ -89,9 +104,8 @@ async def rollout(engine: Generator, lease: Lease, recipe: Recipe) -> Group:
     """
     assert lease.prompt is not None
     prompt, started = lease.prompt, time.time()
-    made = await answers(
-        engine, prompt, partial(request_seed, recipe.run_seed, lease.position, lease.attempt), recipe
-    )
+    seed = partial(request_seed, recipe.run_seed, lease.position, lease.attempt)
+    made = await answers(engine, prompt, seed, recipe, generated)
     valid = [sample for sample in made if not isinstance(sample, SampleError)]
     if len(valid) < SAMPLES_MIN:
         raise RewardError(_too_few(made, len(valid)))
@@ -124,12 +138,19 @@ async def _all(samples: Any) -> list[Scored | SampleError]:
 
 
 async def _sample(
-    batcher: Batcher, seed: Callable[[int], int], prompt: Prompt, recipe: Recipe
+    batcher: Batcher,
+    seed: Callable[[int], int],
+    prompt: Prompt,
+    recipe: Recipe,
+    ended: Callable[[], None],
 ) -> Scored | SampleError:
     """One conversation and its verdict, or why it has none."""
     policy = Policy(batcher, seed, recipe.sampling, len(prompt.tokens), recipe.text)
     try:
-        trajectory = await _converse(recipe, prompt, policy)
+        try:
+            trajectory = await _converse(recipe, prompt, policy)
+        finally:
+            ended()
         text = recipe.text.decode(trajectory.final)
         verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
     except SampleError as error:

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from actors.concurrency import Slots, adapt
+from actors.concurrency import Place, Slots, adapt
 from actors.config import EngineConfig, Objective, RolloutConfig
 from actors.engine import Engine
 from actors.environments.base import load_environment
@@ -188,15 +188,15 @@ class Actor:
         """Keeps `concurrency` groups in flight, until one fails for a reason that others would fail for."""
         recipe = self._recipe()
         while True:
-            await self._slots.acquire()
+            place = await self._slots.acquire()
             if self._failed.done():
                 return
             lease = await self._admit()
             if lease.status == "lease":
-                self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe))
+                self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe, place))
                 self._clock()
             else:
-                self._slots.release()
+                place.release()
                 if lease.reason in ("no-weights", "old-weights"):
                     await weights.say_again()
                 await self._stream.take(self._stream.key("places"), _WAIT_S)
@@ -226,12 +226,12 @@ class Actor:
             invalid=self._invalid,
         )
 
-    async def _work(self, engine: Engine, lease: Lease, recipe: Recipe) -> None:
+    async def _work(self, engine: Engine, lease: Lease, recipe: Recipe, place: Place) -> None:
         """One lease to its end: published, or handed back with the reason."""
         reason = "released"
         try:
             await self._serves(lease.version)
-            group = await rollout(engine, lease, recipe)
+            group = await rollout(engine, lease, recipe, place.generated)
             if missing := recipe.group_size - len(group.samples):
                 log.warning(
                     "group %s: %d invalid samples left out; so far %s",
@@ -239,12 +239,13 @@ class Actor:
                     missing,
                     dict(self._invalid),
                 )
-            await self._note(group)
             if self._settings.stream.dynamic_sampling and teaches_nothing(group):
                 reason = "filtered"
+                await self._note(group)
                 return
             self._publishing.add(lease.token)
-            answer = await publish(self._stream, group, epoch=self.epoch, token=lease.token)
+            handed_in = publish(self._stream, group, epoch=self.epoch, token=lease.token)
+            answer, _ = await asyncio.gather(handed_in, self._note(group))
             reason = ""
             if answer.status == "ok":
                 self._published += 1
@@ -267,7 +268,7 @@ class Actor:
         finally:
             del self._tasks[lease.token]
             self._publishing.discard(lease.token)
-            self._slots.release()
+            place.release()
             self._clock()
             if reason in ("reward", "engine", "filtered"):
                 await self._stream.call(Drop(self._name, self.epoch, lease.token, reason))

@@ -80,11 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     _run_options(sft)
     sft.add_argument("--out", type=Path, required=True, help="folder for the trained checkpoint")
 
-    data = _command(subparsers, "data", commands.data, "write arithmetic questions, or reasoning-gym's")
+    data = _command(subparsers, "data", commands.data, "write arithmetic questions, or a package's")
     data.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and held_out.jsonl")
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--reasoning-gym", metavar="TASK", help="questions of this task instead of arithmetic")
     data.add_argument("--size", type=int, help="how many of them to generate (default: 1000)")
+    data.add_argument("--verifiers", metavar="MODULE:FUNCTION", help="data of the environment that it makes")
+    data.add_argument("--arguments", metavar="JSON", help="an object: keyword arguments of the function")
 
     model = _command(subparsers, "model", commands.model, "make a tiny Qwen3 checkpoint with random weights")
     model.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")

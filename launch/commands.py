@@ -171,18 +171,26 @@ def sft(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """Arithmetic questions in GSM8K's schema, or those of a task of reasoning-gym."""
+    """Arithmetic questions in GSM8K's schema, those of a task of reasoning-gym, or an environment's own."""
     from launch.arithmetic import write_arithmetic
     from launch.reasoning import write_reasoning
+    from launch.verifiers import arguments_of, write_verifiers
 
-    if args.reasoning_gym:
-        size = 1000 if args.size is None else args.size
-        for path in write_reasoning(args.reasoning_gym, args.out, size=size, seed=args.seed):
-            print(path)
-        return 0
-    if args.size is not None:
+    if args.size is not None and not args.reasoning_gym:
         raise LaunchError(f"--size: got {args.size} without --reasoning-gym, expected no such option")
-    for path in write_arithmetic(args.out, seed=args.seed):
+    if args.arguments is not None and not args.verifiers:
+        raise LaunchError(f"--arguments: got {args.arguments} without --verifiers, expected no such option")
+    if args.reasoning_gym and args.verifiers:
+        raise LaunchError("--reasoning-gym and --verifiers: expected one of them")
+    paths: tuple[Path, ...]
+    if args.verifiers:
+        paths = write_verifiers(args.verifiers, args.out, arguments=arguments_of(args.arguments or "{}"))
+    elif args.reasoning_gym:
+        size = 1000 if args.size is None else args.size
+        paths = write_reasoning(args.reasoning_gym, args.out, size=size, seed=args.seed)
+    else:
+        paths = write_arithmetic(args.out, seed=args.seed)
+    for path in paths:
         print(path)
     return 0
 

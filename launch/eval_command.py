@@ -42,6 +42,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def watch(args: argparse.Namespace, url: str) -> int:
     """The evaluator beside a run, until the run is over; it waits for the run if need be."""
+    from learner.kept import KEPT
+
     if folders := [word for word in args.overrides if "=" not in word]:
         raise LaunchError(f"eval --watch: got {folders[0]}, expected no folder: the run's own are evaluated")
     interrupt = Interrupt()
@@ -61,6 +63,7 @@ def watch(args: argparse.Namespace, url: str) -> int:
     def one(path: Path, skipped: list[int]) -> Evaluation:
         log = folder / "logs" / "evaluator-engine.log"
         found = evaluate_folder(config, path, log=log, show=progress.show, stop=stop, skipped=skipped)
+        found = msgspec.structs.replace(found, model=str(folder / KEPT / path.name))
         progress.close()
         _show(found, args.json)
         return found

@@ -99,8 +99,7 @@ class Evaluator:
         if skipped:
             print(f"skipped, while others were evaluated: versions {_listed(skipped)}", file=sys.stderr)
         try:
-            found = self._evaluate(folder, skipped)
-            self._keep(msgspec.structs.replace(found, model=str(self._kept / folder.name)))
+            self._keep(self._evaluate(folder, skipped))
         except EngineError as error:
             self._failed.add(kept.digest)
             print(f"version {kept.version} is not evaluated: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ The files are written directly, so that a run starts without importing torch or 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +46,28 @@ EXPERTS: dict[str, Any] = {
 """Fields of a model with experts. SGLang on a CPU wants widths in multiples of 32."""
 
 HYBRID: dict[str, Any] = {
-    "full_attention_interval": 4,
+    "full_attention_interval": 2,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 32,
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
     "partial_rotary_factor": 0.25,
-    "shared_expert_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
 }
-"""Fields of a model with gated DeltaNet in three of four layers and a shared expert."""
+"""Fields of a model with gated DeltaNet in every other layer and a shared expert. With 8 experts of half
+the width a step costs the same, and the loss after 60 steps of a warm-up was 0.768 instead of 0.748."""
+
+DECAY_STEPS = (1e-3, 1e-1)
+"""Range of softplus(dt_bias): a state lasts for one to a thousand tokens. With transformers' dt_bias of 1
+it is gone after three at most."""
 
 
 def make_tiny(family: str, folder: Path, *, seed: int) -> Path:
-    """The tiny model of one of `FAMILIES`, in `folder`; see `make_tiny_qwen3`.
-
-    With gated DeltaNet it has four layers, of which the last has softmax attention, else two.
-    """
-    layers = HYBRID["full_attention_interval"] if family == "qwen3_next" else 2
-    return make_tiny_qwen3(folder, seed=seed, layers=layers, family=family)
+    """The tiny model of one of `FAMILIES`, in `folder`; see `make_tiny_qwen3`. It has two layers."""
+    return make_tiny_qwen3(folder, seed=seed, family=family)
 
 
 def make_tiny_qwen3(
@@ -82,9 +86,9 @@ def make_tiny_qwen3(
     """Writes config, tokenizer and fp32 weights into `folder`, made if missing, and returns it.
 
     The same seed writes the same bytes. Matrices are normal with deviation `std`, norms multiply by 1,
-    decays are those of transformers' own start. `std` is above transformers' 0.02, which suits wide
-    models: at width 128 a warm-up on one-digit sums reached an accuracy of 0.45 after 44 steps with
-    0.06, 0.52 after 80 steps with 0.02.
+    decays are those that gated DeltaNet was published with (Yang, Kautz, Hatamizadeh 2024), which are
+    Mamba-2's. `std` is above transformers' 0.02, which suits wide models: at width 128 a warm-up on
+    one-digit sums reached an accuracy of 0.45 after 44 steps with 0.06, 0.52 after 80 steps with 0.02.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hybrid = HYBRID if family == "qwen3_next" else {}
@@ -161,6 +165,9 @@ def _values(
 ) -> np.ndarray:
     if name.endswith("A_log"):
         return np.log(source.uniform(1.0, 16.0, dims)).astype(np.float32)
+    if name.endswith("dt_bias"):
+        low, high = map(math.log, DECAY_STEPS)
+        return _inverse_softplus(np.exp(source.uniform(low, high, dims))).astype(np.float32)
     if name.endswith("conv1d.weight"):
         return source.uniform(-0.5, 0.5, dims).astype(np.float32)
     if len(dims) == 1:
@@ -168,6 +175,10 @@ def _values(
         centred = hybrid and "norm" in name and "linear_attn" not in name
         return np.full(dims, 0.0 if centred else 1.0, np.float32)
     return source.standard_normal(dims, np.float32) * std
+
+
+def _inverse_softplus(y: np.ndarray) -> np.ndarray:
+    return y + np.log(-np.expm1(-y))
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

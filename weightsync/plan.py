@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weightsync.copies import Copy, merged
+
 _COPY = torch.ops.aten.copy_.default
 _SAME = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 """Operators whose result is their argument somewhere else, or in another type."""
@@ -28,27 +30,6 @@ _CONSTANT = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 """Operators that need not be repeated: what they leave does not depend on the version."""
 _PADDED = ("embed_tokens", "lm_head")
 """Tensors whose rows SGLang pads; the padding is never loaded."""
-
-
-@dataclass(frozen=True, eq=False)
-class Copy:
-    """One copy: a view of the image into a view of an engine's tensor."""
-
-    target: torch.Tensor
-    """The view that is filled; it shares the engine's memory."""
-    offset: int
-    """Bytes from the start of the image to the source's first element."""
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    """Of the source, in elements."""
-    dtype: torch.dtype
-    """Of the source."""
-
-    def source(self, image: torch.Tensor) -> torch.Tensor:
-        """The view of `image`, uint8 [bytes], that is copied."""
-        item = self.dtype.itemsize
-        typed = image[: image.numel() - image.numel() % item].view(self.dtype)
-        return typed.as_strided(self.size, self.stride, self.offset // item)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +104,7 @@ def watch(
         plan.reason = "loading changes what it has copied"
     if hasattr(model, "post_load_weights"):
         plan.reason = "the model derives tensors from its weights"
+    plan.copies = merged(plan.copies)
     return plan
 
 

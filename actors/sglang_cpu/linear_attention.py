@@ -1,8 +1,7 @@
 """Gated DeltaNet over SGLang's pools of recurrent states, the whole batch at once.
 
 Stands in for SGLang's `GDNAttnBackend`, whose kernels are Triton: the model, the pools and the scheduler
-are SGLang's own. A ragged batch is padded, as in `attention`. Measured with a model of 3 gated DeltaNet
-layers and one of attention: docs/design.md.
+are SGLang's own. A ragged batch is padded, as in `attention`.
 """
 
 from __future__ import annotations

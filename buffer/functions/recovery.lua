@@ -56,7 +56,7 @@ local function restore_manifest(C, known, done, step, manifest)
     set(C, 'bytes_held', C.S.bytes_held + row[4])
     write(C, 'HSET', C.key.groups, row[1], cjson.encode({
       entry = row[2], token = '', position = position, attempt = attempt, limit = attempt + C.S.attempts_max,
-      deadline = step, version_min = row[3], bytes = row[4], tokens = row[5], strikes = 0 }))
+      deadline = step, version_min = row[3], bytes = row[4], strikes = 0 }))
     local struck = manifest.strikes[row[1]]
     done[position] = { group = row[1], position = position, attempt = attempt, limit = attempt + C.S.attempts_max,
       reason = struck }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.config import EngineConfig, SamplingConfig
 from actors.engine import Engine
-from launch.tiny_model import make_tiny
+from launch.tiny_model import make_tiny_qwen3
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.model.forward import target_logprobs
 from learner.packing import pack, row_of_tokens
@@ -55,9 +55,9 @@ def perturbed(source: Path, folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_next"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two checkpoints of one family."""
+    """Two checkpoints of one family, of more than one layer of each kind."""
     root = tmp_path_factory.mktemp(request.param)
-    made = make_tiny(request.param, root / "made", seed=0)
+    made = make_tiny_qwen3(root / "made", seed=0, layers=4, family=request.param)
     return [perturbed(made, root / str(seed), seed) for seed in (1, 2)]
 
 

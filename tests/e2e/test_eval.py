@@ -112,7 +112,7 @@ def test_a_run_is_evaluated_while_it_trains_and_its_checkpoint_is_its_version(tm
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     covered = {line["version"] for line in lines} | {one for line in lines for one in line["skipped"]}
     assert covered == {0, 4, 8}
-    assert lines[-1]["version"] == 8
+    assert (lines[-1]["version"], lines[-1]["model"]) == (8, "runs/demo/weights/8")
     assert shown["evaluation"]["version"] in covered
     evaluations = summary_of(tmp_path, "demo")["evaluations"]
     assert [one["version"] for one in evaluations] == [line["version"] for line in lines]

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
-from actors.concurrency import Load, Slots, adapt, next_limit
+from actors.concurrency import Load, Place, Slots, adapt, next_limit
 from actors.config import AdaptiveConfig, RolloutConfig
 from actors.errors import EngineError
 
@@ -39,14 +39,14 @@ def test_an_overload_always_takes_at_least_one_place() -> None:
 
 async def test_places_follow_the_engine() -> None:
     """An engine that bears 7 groups of 16: the number climbs to it, is halved above it, climbs again."""
-    slots, limits = Slots(2), []
+    slots, limits, places = Slots(2), list[int](), list[Place]()
 
     async def load() -> Load:
         limits.append(slots.limit)
         while slots.taken < slots.limit:  # there are leases for every place, and for more
-            await slots.acquire()
+            places.append(await slots.acquire())
         while slots.taken > slots.limit:
-            slots.release()
+            places.pop().release()
         waiting = max(0, 16 * (slots.taken - 7))
         return Load(16 * slots.taken - waiting, waiting, 0.1)
 
@@ -60,7 +60,7 @@ async def test_places_follow_the_engine() -> None:
 
 async def test_a_place_is_waited_for_and_a_lower_limit_takes_none_away() -> None:
     slots = Slots(2)
-    await slots.acquire()
+    first = await slots.acquire()
     assert not slots.was_short()
     await slots.acquire()
     waiting = asyncio.create_task(slots.acquire())
@@ -68,12 +68,33 @@ async def test_a_place_is_waited_for_and_a_lower_limit_takes_none_away() -> None
     assert (slots.taken, waiting.done(), slots.was_short()) == (2, False, True)
     slots.limit = 1
     await asyncio.sleep(0)
-    slots.release()
+    first.release()
     await asyncio.sleep(0)
     assert (slots.taken, waiting.done()) == (1, False)
     slots.limit = 3
     await asyncio.wait_for(waiting, 1)
     assert slots.taken == 2
+
+
+async def test_a_generated_group_leaves_its_place_to_as_many_others_as_there_are_places() -> None:
+    """What is slow then is the reward, so the engine's load does not count as what held groups back."""
+    slots = Slots(1)
+    first = await slots.acquire()
+    first.generated()
+    first.generated()
+    assert (slots.taken, slots.behind) == (0, 1)
+    second = await asyncio.wait_for(slots.acquire(), 1)
+    second.generated()
+    assert not slots.was_short()
+    waiting = asyncio.create_task(slots.acquire())
+    await asyncio.sleep(0)
+    assert (slots.taken, slots.behind, waiting.done(), slots.was_short()) == (0, 2, False, False)
+    first.release()
+    third = await asyncio.wait_for(waiting, 1)
+    assert (slots.taken, slots.behind) == (1, 1)
+    second.release()
+    third.release()
+    assert (slots.taken, slots.behind) == (0, 0)
 
 
 async def test_an_engine_that_does_not_say_its_load_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ async def converse(tools: ToolUse, *answers: str, room: int = 64) -> str:
     turns = await tools.run(Prompt(0, [5, 6], ""), policy(engine, room))
     marks = {1000 + ord("<"): "{", 1000 + ord(">"): "}"}
     return "".join(marks.get(token) or chr(token) for turn in turns for token in turn.tokens)
+
+
+def test_without_their_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    config = EnvironmentConfig(
+        path="actors.environments.verifiers:Verifiers", arguments={"environment": "a:b"}
+    )
+    with pytest.raises(LoadError, match=r"environment: .*; install the extra: slipstream\[verifiers\]"):
+        load_environment(config)
 
 
 async def test_a_tool_answers_where_the_policy_calls(tools: ToolUse) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors.config import RolloutConfig, SamplingConfig
+from actors.config import LimitsConfig, RolloutConfig, SamplingConfig
 from actors.continuation import Completion
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
@@ -34,6 +34,7 @@ LAST_LINES = {
     "custom_environment": "policy 37, environment '', award 0.8",
     "custom_tool": "error: raised: KeyError: 'yard' (custom_tool.py:",
     "tool_use": "7300 questions in ",
+    "verifiers_environment": "1 questions in held_out.jsonl",
 }
 
 
@@ -46,6 +47,8 @@ def settings(path: Path) -> RolloutConfig:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_runs(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
+    if path.stem == "verifiers_environment":
+        pytest.importorskip("verifiers", reason="needs the extra `verifiers`")
     command = [sys.executable, "-m", f"examples.{path.stem}", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].startswith(LAST_LINES[path.stem])
@@ -86,6 +89,37 @@ async def test_the_tool_is_called_by_the_policy() -> None:
     group = await rollout(engine, LEASE, recipe(2, **changes))
     await tools.close()
     assert "1000 m" in Letters().decode(group.samples[0].tokens.tolist())
+
+
+async def test_an_environment_of_verifiers_runs_its_tool_and_its_rubric(tmp_path: Path) -> None:
+    """On a question as its file has it."""
+    pytest.importorskip("verifiers", reason="needs the extra `verifiers`")
+    from examples.verifiers_environment import load_environment as make
+    from launch.verifiers import write_verifiers
+
+    theirs = load_environment(settings(ROOT / "examples/verifiers_environment.py").environment)
+    train, _ = write_verifiers(f"{make.__module__}:{make.__name__}", tmp_path, arguments={})
+    row = json.loads(train.read_text().splitlines()[-1])
+    call = '{"name": "count", "arguments": {"word": "mississippi", "letter": "s"}}'
+    engine = ScriptedEngine(*[said(f"<tool_call>{call}</tool_call>")] * 2, said("It is 4"), said("It is 3"))
+    lease = msgspec.structs.replace(LEASE, prompt=Prompt(9, [5, 6], row["answer"]))
+    changes: dict[str, Any] = {
+        "environment": theirs,
+        "rewards": RewardPool({}, LimitsConfig()),
+        "text": Letters(),
+        "sampling": SamplingConfig(max_new_tokens=1000),
+        "timeout_s": 120.0,
+    }
+    group = await rollout(engine, lease, recipe(2, **changes))
+    await theirs.close()
+    assert "4\n</tool_response>" not in Letters().decode(
+        group.samples[0].tokens.tolist()
+    )  # its frame is markup
+    told = {
+        Letters().decode(sample.tokens.tolist()).partition("</tool_call>")[2]: sample
+        for sample in group.samples
+    }
+    assert {text: sample.reward for text, sample in told.items()} == {"4It is 4": 1.0, "4It is 3": 0.0}
 
 
 async def test_what_is_demonstrated_is_what_a_rollout_holds(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from actors.config import LimitsConfig, SamplingConfig
 from actors.continuation import Completion
 from actors.errors import EngineError, LoadError, RewardError
 from actors.publish import publish
-from actors.rewards.pool import RewardPool
+from actors.rewards.pool import RewardPool, Verdict
 from actors.rollout import request_seed, rollout
 from buffer.codec import decode, encode
 from tests.unit.actors.scripted import LEASE, Refusing, ScriptedEngine, environment, recipe
@@ -129,6 +129,31 @@ async def test_an_engine_that_fails_one_sample_does_not_wait_for_the_others() ->
         with pytest.raises(EngineError, match="is the server gone"):
             await rollout(ScriptedEngine(), LEASE, recipe(4, environment=environment(run), timeout_s=900.0))
     assert asyncio.all_tasks() <= before
+
+
+async def test_a_sample_is_scored_when_it_ends_and_the_last_end_is_told() -> None:
+    """Also of one that has no verdict, and of one that is refused: nothing more is asked of the engine."""
+    events, last = list[str](), asyncio.Event()
+
+    class Told(Refusing):
+        async def score(self, text: str, answer: str, tokens: int) -> Verdict:
+            events.append(f"scored {text}")
+            last.set()
+            return await super().score(text, answer, tokens)
+
+    async def run(example: Any, policy: Any) -> list[Any]:
+        turn = await policy.generate(example.tokens)
+        if turn.tokens == [8, 9]:
+            await last.wait()
+            await asyncio.sleep(0.01)
+            raise ValueError("none")
+        return [turn]
+
+    engine = ScriptedEngine(EIGHT, SEVEN, SEVEN)
+    made_by = recipe(3, environment=environment(run), rewards=Told())
+    group = await rollout(engine, LEASE, made_by, lambda: events.append("generated"))
+    assert events == ["scored #### 7", "scored #### 7", "generated"]
+    assert len(group.samples) == 2
 
 
 async def test_a_rollout_that_is_cancelled_leaves_no_task_and_no_request_behind() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, call
 
+import msgspec
 import pytest
 
 from actors.config import EngineConfig, LimitsConfig, RolloutConfig
 from actors.errors import EngineError, LoadError
+from actors.rewards.pool import Verdict
 from actors.worker import Actor, Settings
 from buffer.admission import Drop
 from buffer.codec import decode
@@ -64,9 +66,9 @@ async def work(
     actor = Actor(stream, "actor-0", settings, model, folder)  # type: ignore[arg-type]
     actor.epoch = "2:x"
     actor._on_applied(LEASE.version)
-    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe()))  # type: ignore[arg-type]
+    place = await actor._slots.acquire()
+    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe(), place))  # type: ignore[arg-type]
     actor._tasks[LEASE.token] = task
-    await actor._slots.acquire()
     await task
     await actor._rewards.close()
     return stream, actor
@@ -105,7 +107,7 @@ async def test_a_group_without_two_verdicts_is_closed_as_reward(
     assert stream.calls == [Drop("actor-0", "2:x", LEASE.token, "reward")]
     assert not actor._failed.done()
     assert "1 of 3 samples are valid, expected 2 or more (deadline 2)" in caplog.text
-    assert actor._slots.taken == 0
+    assert (actor._slots.taken, actor._slots.behind) == (0, 0)
 
 
 async def test_a_reward_that_cannot_be_loaded_ends_the_actor_and_closes_nothing(tmp_path: Path) -> None:
@@ -131,15 +133,42 @@ async def test_a_lease_waits_until_the_engine_serves_its_version(tmp_path: Path)
     actor.epoch = "2:x"
     actor._on_applied(LEASE.version - 1)
     engine = ScriptedEngine(said("a"), said("b"))
-    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe()))  # type: ignore[arg-type]
+    place = await actor._slots.acquire()
+    task = asyncio.create_task(actor._work(engine, LEASE, actor._recipe(), place))  # type: ignore[arg-type]
     actor._tasks[LEASE.token] = task
-    await actor._slots.acquire()
     await asyncio.sleep(0.05)
     assert engine.asked == []
     actor._on_applied(LEASE.version)
     await task
     assert len(engine.asked) == 1
     await actor._rewards.close()
+
+
+async def test_a_group_that_is_being_scored_leaves_the_engine_to_another(tmp_path: Path) -> None:
+    """Its place is free for the next lease, and both counts are back at 0 when it has been handed in."""
+    model, stream = make_tiny_qwen3(tmp_path / "model", seed=0), Written()
+    rollout = RolloutConfig(concurrency=1)
+    settings = Settings(3, StreamConfig(group_size=2), rollout, EngineConfig())
+    actor = Actor(stream, "actor-0", settings, model, tmp_path)  # type: ignore[arg-type]
+    actor.epoch = "2:x"
+    actor._on_applied(LEASE.version)
+    place, scoring = await actor._slots.acquire(), asyncio.Event()
+
+    class Slow:
+        async def score(self, text: str, answer: str, tokens: int) -> Verdict:
+            await scoring.wait()
+            return Verdict(1.0, {})
+
+    recipe = msgspec.structs.replace(actor._recipe(), rewards=Slow())
+    engine = ScriptedEngine(said("a"), said("b"))
+    task = asyncio.create_task(actor._work(engine, LEASE, recipe, place))  # type: ignore[arg-type]
+    actor._tasks[LEASE.token] = task
+    second = await asyncio.wait_for(actor._slots.acquire(), 5)
+    assert (task.done(), actor._slots.taken, actor._slots.behind) == (False, 1, 1)
+    scoring.set()
+    await task
+    second.release()
+    assert (len(stream.groups), actor._slots.taken, actor._slots.behind) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("publishing", [True, False])

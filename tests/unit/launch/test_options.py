@@ -20,7 +20,7 @@ OPTIONS = {
     "redis-users": ["--run", "--redis"],
     "doctor": ["--run", "--json", "--redis"],
     "sft": [*RUN, "--out"],
-    "data": ["--out", "--seed", "--reasoning-gym", "--size"],
+    "data": ["--out", "--seed", "--reasoning-gym", "--size", "--verifiers", "--arguments"],
     "model": ["--out", "--family", "--seed"],
     "convert": ["--like", "--out"],
     "eval": ["--config", "--data", "--samples", "--temperature", "--json", "--watch", "--run", "--redis"],
@@ -79,6 +79,15 @@ def test_the_options_are_these() -> None:
         (["eval", "--run", "r", "x"], "--run: got one without --watch"),
         (["demo", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
         (["data", "--out", "d", "--size", "5"], "--size: got 5 without --reasoning-gym, expected no such"),
+        (["data", "--out", "d", "--arguments", "{}"], "--arguments: got {} without --verifiers, expected no"),
+        (
+            ["data", "--out", "d", "--verifiers", "a:b", "--arguments", "[1]"],
+            "--arguments: got [1]: Expected `object`, got `array`; expected an object in JSON",
+        ),
+        (
+            ["data", "--out", "d", "--verifiers", "a:b", "--reasoning-gym", "t"],
+            "--reasoning-gym and --verifiers: expected one of them",
+        ),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )

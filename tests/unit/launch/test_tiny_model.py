@@ -51,10 +51,19 @@ def test_every_family_loads_in_transformers_and_starts_as_theirs_does(family: st
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).state_dict()
     for name, tensor in model.state_dict().items():
         assert tensor.isfinite().all(), name
-        if name.endswith(("norm.weight", "dt_bias")):
+        if name.endswith("norm.weight"):
             assert tensor.equal(fresh[name]), name
+        if name.endswith("dt_bias"):
+            assert 1e-3 <= (step := tensor.exp().log1p()).min() < step.max() <= 0.1, name
         if name.endswith("A_log"):
             assert 0 <= tensor.min() < tensor.max() <= np.log(16), name
+
+
+def test_the_hybrid_has_a_layer_of_each_kind(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(make_tiny("qwen3_next", tmp_path, seed=0))
+    assert config.layer_types == ["linear_attention", "full_attention"]
 
 
 def test_the_default_family_is_dense(folder: Path, tmp_path: Path) -> None:

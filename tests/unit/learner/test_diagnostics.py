@@ -143,6 +143,10 @@ def test_figures_of_groups() -> None:
     assert found["advantage_std"] == pytest.approx(np.std(values))
     assert (found["advantage_max"], found["advantage_zero"]) == (2.0, 0.625)
     assert found["truncated"] == pytest.approx(1 / 9)
+    lengths = [
+        sample.answer_length for sample in [*groups[0].samples, *groups[1].samples, groups[2].samples[1]]
+    ]
+    assert (found["answer_length_mean"], found["answer_length_max"]) == (np.mean(lengths), max(lengths))
     spread = [found[f"staleness_{name}"] for name in ("mean", "p50", "p90", "max")]
     assert spread == [1.0, 1.0, 2.0, 2.0]
 

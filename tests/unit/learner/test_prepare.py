@@ -60,7 +60,7 @@ def unable(*_: Any, **__: Any) -> Any:
 def test_nothing_of_it_is_left_to_the_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(folder)
     for step in range(2):  # the next batch is made ready before this one trains
-        trainer.prepare(batch_of(step), step)
+        trainer.prepare(batch_of(step)[::-1], step)
     monkeypatch.setattr(trainer, "_fit", unable)
     for step in range(2):
         trainer.train_step(batch_of(step), step)
