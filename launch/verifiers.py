@@ -80,7 +80,7 @@ def _row(row: dict[str, Any], tools: list[dict[str, Any]] | None) -> str:
         raise LaunchError(f"--verifiers: row {row['example_id']}: {error}") from error
     question = [{"role": message.role, "content": message.content} for message in told]
     if tools:
-        described = TOOLS.format(tools="\n".join(json.dumps(tool) for tool in tools))
+        described = TOOLS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if question[0]["role"] == "system":
             described = f"{question.pop(0)['content']}\n\n{described}"
         question.insert(0, {"role": "system", "content": described})

@@ -187,5 +187,5 @@ def test_tools_stand_in_the_system_message(tmp_path: Any) -> None:
     row = json.loads(train.read_text().splitlines()[0])
     system, user = row["question"]
     assert system["role"] == "system"
-    assert '"name": "add", "description": "Adds two numbers."' in system["content"]
+    assert '"name": "add", "description": "Adds two numbers ≥ 0."' in system["content"]
     assert json.loads(row["answer"])["prompt"] == [user]

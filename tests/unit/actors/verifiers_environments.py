@@ -97,7 +97,7 @@ def guess(forgets: bool = False) -> vf.Environment:
 
 
 def add(a: int, b: int) -> str:
-    """Adds two numbers.
+    """Adds two numbers ≥ 0.
 
     Args:
         a: the first
