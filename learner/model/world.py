@@ -93,15 +93,21 @@ def count_ranks(true: bool) -> int:
 
 def sum_over_ranks(values: list[float]) -> list[float]:
     """The element-wise sum over the data-parallel ranks, exact for counts below 2**53."""
+    group = parallel_state.get_data_parallel_group()
+    if group.size() == 1:
+        return list(values)
     totals = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(totals, group=group)
     return totals.tolist()
 
 
 def max_over_ranks(values: list[float]) -> list[float]:
     """The element-wise maximum over the data-parallel ranks."""
+    group = parallel_state.get_data_parallel_group()
+    if group.size() == 1:
+        return list(values)
     largest = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest.tolist()
 
 
@@ -122,6 +128,8 @@ def union_over_ranks(names: list[str], group: dist.ProcessGroup | None = None) -
 
 def gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """The `data` of each rank of `group`, in the order of ranks. (Gathering objects would pickle them.)"""
+    if group.size() == 1:
+        return [data]
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
     size = max(1, *(int(length) for length in lengths))
