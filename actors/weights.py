@@ -12,7 +12,7 @@ import msgspec
 import redis
 
 from actors.engine import Engine, Loaded
-from buffer.client import AsyncStream
+from buffer.client import AsyncStream, raise_if_cancelled
 from buffer.errors import UncommittedVersion
 from buffer.ledger import ActorRecord
 from buffer.members import Applied
@@ -104,6 +104,7 @@ class WeightWorker:
 
     async def siblings(self, label: str) -> list[Source]:
         """Where other actors say that they hold a version; none while Redis is away."""
+        raise_if_cancelled()
         try:
             records: Any = await self._stream.redis.hgetall(self._stream.key("actors"))
         except redis.RedisError:

@@ -15,6 +15,8 @@ its floor take turns, so that whatever else the machine does slows both.
 | gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece, into new memory |
 | bucket | flatten and broadcast over gloo: SGLang's own update by `flattened_bucket` | the same broadcast |
 | stock | one broadcast for each tensor: SGLang's own update without | the same broadcast |
+
+Where there are GPUs, the ways of `benchmarks.weightsync_gpu` are measured as well.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ import torch
 import xxhash
 
 from benchmarks.harness import parser, progress, report, table
+from weightsync.cuda import visible_cards
 from weightsync.holder import Holder
 from weightsync.image import Image, write_image
 from weightsync.manifest import Manifest, TensorEntry
@@ -237,6 +240,11 @@ def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-", dir=ROOT) as folder:
         found = _measure(Path(folder), held, through_gloo, rounds)
     process.communicate()
+    if visible_cards():
+        progress(f"{mib} MiB: GPUs")
+        argv = [sys.executable, "-m", "benchmarks.weightsync_gpu", "--json", "--mib", str(mib)]
+        answer = subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.PIPE)
+        found |= msgspec.json.decode(answer.stdout.splitlines()[-1])["mib"][str(mib)]
     return found
 
 

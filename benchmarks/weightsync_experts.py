@@ -95,7 +95,7 @@ async def stock(engine: Engine, group: StockGroup, tensors: Tensors, number: int
 
     async with engine.idle():
         # `Engine.update_weights` knows the bucket only.
-        update = asyncio.create_task(engine._post("/update_weights_from_distributed", body, 300))
+        update = asyncio.create_task(engine._calls.post("/update_weights_from_distributed", body, 300))
         await asyncio.to_thread(send)
         await update
     seconds = time.perf_counter() - began

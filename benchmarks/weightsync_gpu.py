@@ -86,7 +86,7 @@ def hold(mib: int, rounds: int) -> None:
     tensors = [torch.randn(1024, 4096, device="cuda").bfloat16().cpu() for _ in range(max(1, mib // 8))]
     weights = {str(number): tensor for number, tensor in enumerate(tensors)}
     image, manifest = write_image(Manifest.of(1, weights), weights)
-    holder, on_gpu, seconds = Holder("127.0.0.1"), OnGpu(0, TIMEOUT_S, progress), []
+    holder, on_gpu, seconds = Holder("127.0.0.1"), OnGpu(0, progress), []
     for _ in range(rounds + 1):
         began = time.perf_counter()
         manifest = on_gpu.take(manifest, image)

@@ -217,11 +217,11 @@ class AsyncStream(_Run):
 
     async def take(self, full_key: str, seconds: float) -> bytes | None:
         """The head of a list, waiting for it; None if none came in time or Redis did not answer."""
-        _raise_if_cancelled()
+        raise_if_cancelled()
         try:
             found: Any = await self.redis.blpop([full_key], timeout=seconds)
         except LOST:
-            _raise_if_cancelled()
+            raise_if_cancelled()
             self.lost += 1
             await asyncio.sleep(_PAUSE_S)
             return None
@@ -229,13 +229,13 @@ class AsyncStream(_Run):
 
     async def patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Makes an attempt, which must be idempotent, until it is answered or patience is over."""
-        _raise_if_cancelled()
+        raise_if_cancelled()
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
                 return await attempt()
             except LOST as error:
-                _raise_if_cancelled()
+                raise_if_cancelled()
                 self.lost += 1
                 if final := self._hopeless(error, time.monotonic() > deadline):
                     raise final from error
@@ -248,7 +248,7 @@ class AsyncStream(_Run):
         await self.redis.aclose()
 
 
-def _raise_if_cancelled() -> None:
+def raise_if_cancelled() -> None:
     """Ends a cancelled task here: redis-py 8.1 can swallow a cancellation, or call it a lost connection.
 
     (It looks for unread data under `asyncio.timeout(0)`, which takes a cancellation for its own.)

@@ -52,14 +52,14 @@ class Preparation:
 
     def ahead(self, groups: Sequence[Group], step: int) -> None:
         """Keeps the batch of a step ready. Raises `BatchError`."""
-        self._made[step] = self._make(_in_order(groups), step)
+        self._made[step] = self._make(sorted(groups, key=lambda group: group.id), step)
 
-    def mini_batches(self, groups: Sequence[Group], step: int) -> tuple[Chosen, list[MiniBatch]]:
-        """The trained part of a batch, and its mini-batches, packed. Raises `BatchError`.
+    def mini_batches(self, groups: list[Group], step: int) -> tuple[Chosen, list[MiniBatch]]:
+        """The trained part of a batch, in canonical order, and its mini-batches, packed. Raises `BatchError`.
 
         What was made ahead counts if it was made of the same groups. A collective of the data-parallel ranks.
         """
-        groups, made = _in_order(groups), self._made.pop(step, None)
+        made = self._made.pop(step, None)
         if made is None or made.ids != [group.id for group in groups]:
             made = self._make(groups, step)
         for group, why in made.chosen.dropped.items():
@@ -83,7 +83,3 @@ class Preparation:
         if self._alone:
             minis = split(chosen.groups, rows, list(rows), self._config.mini_batches, self._pack, list)
         return Prepared([group.id for group in groups], chosen, rows, minis)
-
-
-def _in_order(groups: Sequence[Group]) -> list[Group]:
-    return sorted(groups, key=lambda group: group.id)

@@ -163,7 +163,7 @@ class Trainer:
             raise BatchError(f"step {step}: got 0 groups, expected at least 1; wait for a batch")
         self._watch.check()
         watch, tally = Stopwatch(), Tally()
-        minis = self._mini_batches(groups, step, watch, tally)
+        minis = self._mini_batches(sorted(groups, key=lambda group: group.id), step, watch, tally)
         lr = learning_rate(self._schedule, step)
         norms = [self._train(mini, step, lr, watch, tally) for mini in minis]
         tally.add("flops", sum(self._utilisation.flops(part.batch) for mini in minis for part in mini.packed))
@@ -287,7 +287,7 @@ class Trainer:
         return [value.detach() for value in own if id(value) not in models]
 
     def _mini_batches(
-        self, groups: Sequence[Group], step: int, watch: Stopwatch, tally: Tally
+        self, groups: list[Group], step: int, watch: Stopwatch, tally: Tally
     ) -> list[MiniBatch]:
         """What the step trains, ready to be trained; counts the groups."""
         config, kl = self._objective, self._objective.kl

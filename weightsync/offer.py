@@ -69,7 +69,7 @@ class Offers:
         if config.gpu:
             from weightsync.on_gpu import open_on_gpu
 
-            self._on_gpu = open_on_gpu(config.timeout_s, log)
+            self._on_gpu = open_on_gpu(log)
         self.export_s = 0.0
         """Seconds in which the thread made the last image, its digests and what else is offered of it."""
         self._changed, self._inviting = threading.Condition(), threading.Lock()
@@ -253,7 +253,6 @@ class Offers:
             thread.join()
         if self._round is not None:
             self._round.close()
-            self._round.join(self.config.timeout_s)
         if self._on_gpu is not None:
             self._on_gpu.close()
         self.holder.close()

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weightsync.copies import Copy, merged
+
 _COPY = torch.ops.aten.copy_.default
 _SAME = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 """Operators whose result is their argument somewhere else, or in another type."""
@@ -31,37 +33,16 @@ _PADDED = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, eq=False)
-class Copy:
-    """One copy: a view of the image into a view of an engine's tensor."""
-
-    target: torch.Tensor
-    """The view that is filled; it shares the engine's memory."""
-    offset: int
-    """Bytes from the start of the image to the source's first element."""
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    """Of the source, in elements."""
-    dtype: torch.dtype
-    """Of the source."""
-
-    def source(self, image: torch.Tensor) -> torch.Tensor:
-        """The view of `image`, uint8 [bytes], that is copied."""
-        item = self.dtype.itemsize
-        typed = image[: image.numel() - image.numel() % item].view(self.dtype)
-        return typed.as_strided(self.size, self.stride, self.offset // item)
-
-
-@dataclass(frozen=True, eq=False)
 class Derived:
-    """A buffer of the engine's that is computed from its tensors, all of which are arguments."""
+    """A buffer of the engine's that is computed from its tensors, a step at a time."""
 
     function: Callable[..., torch.Tensor]
-    """An operator that writes to `out`, which is no input of it."""
+    """An operator that fills the buffer from live tensors, or changes it after that in place."""
     arguments: tuple[Any, ...]
     named: dict[str, Any]
 
     def compute(self) -> None:
-        """Fills the buffer."""
+        """Fills or changes the buffer."""
         self.function(*self.arguments, **self.named)
 
 
@@ -123,6 +104,7 @@ def watch(
         plan.reason = "loading changes what it has copied"
     if hasattr(model, "post_load_weights"):
         plan.reason = "the model derives tensors from its weights"
+    plan.copies = merged(plan.copies)
     return plan
 
 
@@ -156,6 +138,8 @@ class _Watcher(TorchDispatchMode):
         self._buffers = {tensor.untyped_storage().data_ptr() for tensor in buffers.values()} - self._live
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Copies of the present tensor on other devices or of other types: storage -> (it, the tensor)."""
+        self._filled: set[int] = set()
+        """Storages of buffers that are computed from live tensors alone."""
 
     def fed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors one after another; copies made of one on the way are forgotten with it."""
@@ -166,7 +150,11 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        named = kwargs or {}
+        result = function(*args, **named)
+        if self._derives(function, args, named):
+            self.derived.append(Derived(function, args, named))
+            return result
         ours = [value for value in args if isinstance(value, torch.Tensor) and self._is_ours(value)]
         if not ours:
             return result
@@ -174,8 +162,6 @@ class _Watcher(TorchDispatchMode):
             self._note(args[0], args[1])
         elif function in _SAME and self._whole(args[0], result):
             self._moved[result.untyped_storage().data_ptr()] = (result, args[0])
-        elif self._derives(args, kwargs or {}):
-            self.derived.append(Derived(function, args, kwargs or {}))
         elif isinstance(result, torch.Tensor) and not any(_shares(result, value) for value in ours):
             self.reason = self.reason or f"loading computes {function}"
         elif function._schema.is_mutable and function not in _CONSTANT:
@@ -196,12 +182,21 @@ class _Watcher(TorchDispatchMode):
             self.reason = self.reason or "loading copies weights to somewhere else"
         self.copies.append(Copy(target.detach(), offset, tuple(view.shape), view.stride(), dtype))
 
-    def _derives(self, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-        """Whether an operator fills a buffer of the engine's from live tensors."""
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        out = named.get("out")
-        fills = out is not None and out.untyped_storage().data_ptr() in self._buffers
-        return fills and all(self._is_live(tensor) for tensor in tensors)
+    def _derives(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        """Whether an operator fills a buffer of the engine's from live tensors, or changes one so filled."""
+        if not function._schema.is_mutable:
+            return False
+        target, *others = [named["out"], *args] if "out" in named else args
+        storage = target.untyped_storage()
+        if storage.data_ptr() not in self._buffers:
+            return False
+        sources = [value for value in others if isinstance(value, torch.Tensor)]
+        live = all(map(self._is_live, sources))
+        if live and sources and ("out" in named or function is _COPY) and _is_whole(target):
+            self._filled.add(storage.data_ptr())
+        elif not live and storage.data_ptr() in self._filled:
+            self.reason = self.reason or f"loading changes what it has computed by {function}"
+        return live and storage.data_ptr() in self._filled
 
     def _is_ours(self, value: torch.Tensor) -> bool:
         return self._in_image(value) or self._is_live(value)
@@ -224,6 +219,11 @@ def _addresses(model: torch.nn.Module) -> dict[str, int]:
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether it is all of its storage."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ tensor is slices of the same keys, so the two meet whatever the layout, and no r
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from math import prod
 
@@ -114,19 +115,26 @@ def whole_tensors(model: GPTModel, shape: Shape) -> Iterator[tuple[Rule, torch.T
     held, rank = Held(model), dist.get_rank()
     described = gather_bytes(msgspec.msgpack.encode(held.main), dist.group.WORLD)
     owned = [by_share(msgspec.msgpack.decode(data, type=list[Region])) for data in described]
-    for bucket in _buckets(shape):
+    if rank:
+        _send_all(held, owned[rank], shape)
+        return
+
+    def coming(bucket: list[Rule]) -> list[_Coming]:
+        """What other ranks send of a bucket, asked for, and what is here."""
         wanted = [share for rule in bucket for share in shares(rule, shape)]
-        if rank:
-            _send([held.tensors[region] for region, _ in _pairs(owned[rank], wanted)])
-            continue
-        found: dict[Share, list[tuple[Region, torch.Tensor]]] = {share: [] for share in wanted}
-        for source, regions in enumerate(owned):
-            pairs = _pairs(regions, wanted)
-            if source:
-                tensors = _receive([region for region, _ in pairs], source)
-            else:
-                tensors = [held.tensors[region].to("cpu", torch.float32) for region, _ in pairs]
-            for (region, share), tensor in zip(pairs, tensors, strict=True):
+        return [
+            _Coming(_pairs(regions, wanted), source, held if source == 0 else None)
+            for source, regions in enumerate(owned)
+        ]
+
+    # The next bucket is on its way while this one is put together and used.
+    ahead = ((bucket, coming(bucket)) for bucket in _buckets(shape))
+    now = next(ahead, None)
+    while now is not None:
+        (bucket, parts), now = now, next(ahead, None)
+        found: defaultdict[Share, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
+        for part in parts:
+            for (region, share), tensor in part.tensors():
                 found[share].append((region, tensor))
         for rule in bucket:
             yield rule, _assembled(rule, shape, found)
@@ -169,16 +177,40 @@ def _buckets(shape: Shape) -> Iterator[list[Rule]]:
         yield bucket
 
 
-def _send(tensors: list[torch.Tensor]) -> None:
-    """To rank 0, as one message; nothing at all if there are none."""
-    if tensors:
-        dist.send(torch.cat([tensor.to("cpu", torch.float32).flatten() for tensor in tensors]), 0)
+def _send_all(held: Held, own: dict[tuple[str, int | None], list[Region]], shape: Shape) -> None:
+    """To rank 0, one message a bucket; the next one is put together while one is on its way."""
+    sending: dist.Work | None = None
+    for bucket in _buckets(shape):
+        wanted = [share for rule in bucket for share in shares(rule, shape)]
+        tensors = [held.tensors[region] for region, _ in _pairs(own, wanted)]
+        if not tensors:
+            continue
+        message = torch.cat([tensor.to("cpu", torch.float32).flatten() for tensor in tensors])
+        if sending is not None:
+            sending.wait()
+        sending, sent = dist.isend(message, 0), message  # which must live until it has arrived
+    if sending is not None:
+        sending.wait()
+        del sent
 
 
-def _receive(regions: list[Region], source: int) -> list[torch.Tensor]:
-    """What rank `source` sends of `regions`."""
-    sizes = [prod(region.size) for region in regions]
-    message = torch.empty(sum(sizes))
-    if regions:
-        dist.recv(message, source)
-    return [part.view(region.size) for part, region in zip(message.split(sizes), regions, strict=True)]
+class _Coming:
+    """What one rank has of a bucket, at rank 0."""
+
+    def __init__(self, pairs: list[tuple[Region, Share]], source: int, held: Held | None) -> None:
+        """Asks rank `source` for its message; `held` is what rank 0 has itself."""
+        self._pairs, self._held = pairs, held
+        self._sizes = [prod(region.size) for region, _ in pairs]
+        self._message = torch.empty(0 if held else sum(self._sizes))
+        self._work = dist.irecv(self._message, source) if pairs and held is None else None
+
+    def tensors(self) -> Iterator[tuple[tuple[Region, Share], torch.Tensor]]:
+        """The regions with their tensors, once they are here."""
+        if self._work is not None:
+            self._work.wait()
+        if self._held is not None:
+            parts = [self._held.tensors[region].to("cpu", torch.float32) for region, _ in self._pairs]
+        else:
+            split = self._message.split(self._sizes)
+            parts = [part.view(region.size) for part, (region, _) in zip(split, self._pairs, strict=True)]
+        yield from zip(self._pairs, parts, strict=True)

@@ -346,3 +346,31 @@ async def test_what_the_learner_has_lost_comes_from_an_actor(scene: Make) -> Non
     late.work()
     await until(lambda: late.engine.served == [label])
     assert first.holder.served_bytes == sum(tensor.nbytes for tensor in tensors(0).values())
+
+
+async def test_a_worker_that_is_cancelled_ends_though_no_source_is_left_and_the_client_swallows_it(
+    scene: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 25: an actor that drains when its learner is gone."""
+    run = scene(transport="peer")
+    member = run.member("a")
+    await member.join()
+    run.publish(0)
+    await until(lambda: run.learner.redis.llen(run.learner.key("mail:a")))
+    await asyncio.to_thread(run.offers.__exit__, None, None, None)
+    asked = asyncio.Event()
+
+    async def swallows(*_: object) -> None:
+        asked.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise redis.ConnectionError("closed") from None
+
+    monkeypatch.setattr(run.actors.redis, "hgetall", swallows)
+    member.work()
+    await asyncio.wait_for(asked.wait(), 10)
+    assert member.task is not None
+    member.task.cancel()
+    done, _ = await asyncio.wait([member.task], timeout=5)
+    assert done

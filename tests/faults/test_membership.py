@@ -16,16 +16,18 @@ from tests.faults.trial import Process, Trial, until
 from tests.faults.weights import CHUNKS, TIMEOUT_S
 
 Trials = Callable[..., Trial]
+DRAIN_S = 20.0
+"""What an actor has to finish what is in flight."""
 LATE_S = 5.0
 """How much later than the deadline a busy machine may say something."""
 
 
-def drain(actors: Sequence[Process], *, seconds: float = 10) -> None:
+def drain(actors: Sequence[Process]) -> None:
     """SIGTERM; they must have handed back what they hold, and ended with 0."""
     for actor in actors:
         os.kill(actor.pid, signal.SIGTERM)
     for actor in actors:
-        actor.wait(0, seconds=seconds)
+        actor.wait(0, seconds=DRAIN_S)
 
 
 def named(learner: Process, actor: str) -> list[float]:

@@ -18,7 +18,7 @@ from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.ranks import Leader, Ranks
 from tests.gpu.cases import CASES, make
 from tests.gpu.test_kernels import run_dtype
-from tests.parallel.rank import batch
+from tests.parallel.rank import six_groups
 from tests.parallel.sharded import held, named
 from tests.parallel.test_sharded import check
 
@@ -36,12 +36,12 @@ def test_a_trainer_goes_on_from_what_was_copied_while_it_trained(case: str, tmp_
     make(case, tmp_path / "model", rounded=run_dtype(case) != "float32")
     trainer = make_leader(tmp_path / "model", run_dtype(case))
     for _ in range(2):
-        trainer.train_step(batch(), trainer.version)
+        trainer.train_step(six_groups(), trainer.version)
     then, kept = named(trainer), trainer.snapshot()
     state = State(2, "d", "d", 1, 0, msgspec.Raw(b"{}"), trainer.optimizer_steps())
     with Saver(tmp_path / "saved") as saver:
         trainer.begin_checkpoint(saver, tmp_path / "saved", state)
-        trainer.train_step(batch(), 2)
+        trainer.train_step(six_groups(), 2)
         written = saver.wait()
     assert written is not None
     assert not written.error, written.error
@@ -50,12 +50,12 @@ def test_a_trainer_goes_on_from_what_was_copied_while_it_trained(case: str, tmp_
     again.load_checkpoint(complete(tmp_path / "saved")[0].path)
     assert again.optimizer_steps() == again.version == 2
     assert_equal(named(again), then)
-    again.train_step(batch(), 2)
+    again.train_step(six_groups(), 2)
     assert_close(again.export(), trainer.export())
     trainer.restore(kept)
     assert trainer.optimizer_steps() == 2
     assert_equal(named(trainer), then)
-    trainer.train_step(batch(), 2)
+    trainer.train_step(six_groups(), 2)
     assert_close(trainer.export(), again.export())
 
 

@@ -71,7 +71,7 @@ def worst(one: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float]
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Iterator[OnGpu]:
-    made = OnGpu(0, 60.0, print)
+    made = OnGpu(0, print)
     yield made
     made.close()
 

@@ -47,7 +47,7 @@ def versions() -> list[Version]:
 
 @pytest.fixture
 def on_gpu() -> Iterator[OnGpu]:
-    made = OnGpu(0, TIMEOUT_S, print)
+    made = OnGpu(0, print)
     yield made
     made.close()
 
@@ -264,7 +264,7 @@ def test_an_agent_that_does_not_come_costs_the_learner_a_timeout_and_nothing_els
 
 def test_a_learner_without_room_offers_its_other_ways() -> None:
     told: list[str] = []
-    on_gpu = OnGpu(0, 1.0, told.append)
+    on_gpu = OnGpu(0, told.append)
     manifest = Manifest(1, "aa", [], size=1 << 50)
     assert on_gpu.take(manifest, Image.allocate(0)) is manifest
     assert not on_gpu.holds("1:aa")

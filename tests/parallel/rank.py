@@ -30,9 +30,14 @@ CLIP = 0.1
 SEQUENCES = [list(range(length)) for length in (2, 9, 30, 5, 17)]
 
 
+def six_groups() -> list:
+    """Of unlike lengths and ages."""
+    return [make_group(index, versions=(0,) if index % 2 else (-1, 0)) for index in range(6)]
+
+
 def batch(trainer: Trainer, objective: ObjectiveConfig) -> list:
-    """Six groups of unlike lengths and ages, with routed experts if they are replayed."""
-    groups = [make_group(index, versions=(0,) if index % 2 else (-1, 0)) for index in range(6)]
+    """Six groups, with routed experts if they are replayed."""
+    groups = six_groups()
     experts, layers = trainer._shape.experts, len(trainer._shape.layers)
     if not objective.routing_replay or experts is None:
         return groups
@@ -98,7 +103,7 @@ def train(
     steady = {
         name: value
         for name, value in metrics.items()
-        if not name.startswith(("seconds", "tflops", "micro_batches"))
+        if not name.startswith(("seconds", "tflops", "mfu", "micro_batches"))
     }
     rest = other_calls(trainer) if all_calls else {}
     return {"metrics": steady, "scores": scores, **rest}, tensors

@@ -29,7 +29,7 @@ from learner.model.build import data_parallel
 from learner.model.cpu import CudaMeansCpu
 from learner.model.world import join_world
 from learner.step import Trainer
-from tests.parallel.rank import batch, share
+from tests.parallel.rank import share, six_groups
 
 LAYOUTS = {
     "DP 2": ParallelConfig(),
@@ -51,7 +51,7 @@ def train(trainer: Trainer) -> None:
     """The next step, on this data-parallel rank's share of the batch."""
     # Megatron-Core takes the norm of the distributed optimizer's gradients on "cuda".
     with nullcontext() if torch.cuda.is_available() else CudaMeansCpu():
-        trainer.train_step(share(batch()), trainer.version)
+        trainer.train_step(share(six_groups()), trainer.version)
 
 
 def save(trainer: Trainer, folder: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.parallel.processes import run_two
-from tests.parallel.rank import batch
+from tests.parallel.rank import six_groups
 from tests.parallel.sharded import held, make_trainer, named
 from tests.unit.learner.families import make_family
 
@@ -19,7 +19,7 @@ def check(folder: Path, dtype: str, layouts: Sequence[str], exact: bool = True) 
     run_two("tests.parallel.sharded", folder, dtype, *layouts)
     alone = make_trainer(folder, dtype)
     for _ in range(2):
-        alone.train_step(batch(), alone.version)
+        alone.train_step(six_groups(), alone.version)
     right, saved = named(alone), held(folder, dtype, 0)
     assert saved.keys() == right.keys()
     kinds = {"exp_avg", "exp_avg_sq"} | ({"fp32_param"} if dtype == "bfloat16" else set())

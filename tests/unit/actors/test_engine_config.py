@@ -46,6 +46,13 @@ def test_only_a_cpu_engine_gets_our_platform() -> None:
     assert "torch_native" not in line
 
 
+def test_ranks_of_a_cpu_engine_need_no_numa_node_each() -> None:
+    pair = EngineConfig(server_args={"tp-size": 2, "pp-size": 2})
+    assert environment(pair)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert environment(pair)["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment(EngineConfig())
+
+
 def test_a_pause_that_would_falsify_records_is_refused_with_the_reason() -> None:
     with pytest.raises(msgspec.ValidationError, match=r"caches of the old weights.*set abort, finish or"):
         msgspec.convert({"pause": "in_place"}, EngineConfig)

@@ -107,7 +107,7 @@ def test_a_table_is_markdown() -> None:
 def test_weightsync() -> None:
     result = quick("weightsync")
     ways = result["mib"]["16"]
-    assert set(ways) == {"export", "shm", "peer", "disk", "delta", "gloo", "stock"}
+    assert set(ways) == {"export", "shm", "peer", "disk", "delta", "gloo", "bucket", "stock"}
     assert all(way["seconds"] > 0 and way["floor"] > 0 for way in ways.values())
     assert ways["delta"]["bytes_to_full"] < 0.1, "one word in a hundred has changed"
 

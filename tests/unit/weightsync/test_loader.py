@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
+from weightsync import loader
+from weightsync.checksum import sums
 from weightsync.cuda import visible_cards
+from weightsync.errors import SourceError
 from weightsync.image import Image, write_image
 from weightsync.loader import layout_of, load
 from weightsync.manifest import Manifest, encode_manifest
@@ -63,6 +68,39 @@ class Plus(Fused):
     def load_weights(self, weights: Weights) -> None:
         super().load_weights(weights)
         torch.add(self.qkv.data, 1.0, out=self.plus)
+
+
+class PlusInPlace(Plus):
+    """The same in two steps, as SGLang 0.5.23 does it."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.copy_(self.qkv.data).add_(1.0)
+
+
+class Accumulating(Plus):
+    """Adds to what its buffer held before."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.add_(self.qkv.data)
+
+
+class Mixing(Plus):
+    """Fills its buffer from the weights, and then from elsewhere."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus.copy_(self.qkv.data).add_(torch.ones(12, 8, dtype=torch.bfloat16))
+
+
+class Filling(Plus):
+    """Fills half of its buffer, and then changes all of it."""
+
+    def load_weights(self, weights: Weights) -> None:
+        Fused.load_weights(self, weights)
+        self.plus[:6].copy_(self.qkv.data[:6])
+        self.plus.add_(self.qkv.data)
 
 
 class Foreign(Fused):
@@ -151,7 +189,7 @@ def test_names_once_and_the_plan_from_then_on(obey: Obey, rank: int) -> None:
         assert not report.problem
         assert is_loaded(model, exported(seed), rank)
         ways.append(report.way)
-        assert (report.copies, report.tensors, report.pid) == (8, 3, os.getpid())
+        assert (report.copies, report.tensors, report.pid) == (3, 3, os.getpid())
         assert report.layout == layout_of(model)
     assert ways == ["names", "plan", "plan"]
 
@@ -164,8 +202,9 @@ def test_a_tensor_that_goes_elsewhere_first_is_followed(obey: Obey) -> None:
         assert is_loaded(model, exported(seed))
 
 
-def test_a_buffer_that_is_computed_from_weights_follows_them(obey: Obey) -> None:
-    model = Plus()
+@pytest.mark.parametrize("kind", [Plus, PlusInPlace])
+def test_a_buffer_that_is_computed_from_weights_follows_them(obey: Obey, kind: type[Plus]) -> None:
+    model = kind()
     for seed, way in ((0, "names"), (1, "plan"), (2, "plan")):
         report = obey(model, exported(seed))
         assert (report.problem, report.reason, report.way) == ("", "", way)
@@ -198,7 +237,9 @@ class Clearing(Fused):
         self.qkv.data[:4].fill_(1)
 
 
-@pytest.mark.parametrize("kind", [Scaling, Deriving, Hooked, Clearing, Foreign])
+@pytest.mark.parametrize(
+    "kind", [Scaling, Deriving, Hooked, Clearing, Foreign, Accumulating, Mixing, Filling]
+)
 def test_loading_that_does_more_than_copy_is_never_planned(obey: Obey, kind: type[Fused]) -> None:
     model = kind()
     for seed in range(2):
@@ -255,6 +296,40 @@ def test_a_version_on_a_gpu_is_refused_untouched_where_there_is_none(
     assert not report.touched
 
 
+@pytest.mark.parametrize(
+    ("what", "problem", "touched"),
+    [("whole", "", False), ("damaged", "chunk 2 of", False), ("owner ends", "owner ended", True)],
+)
+def test_a_slot_is_verified_before_and_its_owner_after_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, problem: str, touched: bool
+) -> None:
+    """The slot is in host memory here: what the loader makes of one does not depend on where it lies."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    model, weights = Fused(), exported(1)
+    image, manifest = write_image(Manifest.of(1, weights), weights, 64)
+    memory = torch.frombuffer(image.private(), dtype=torch.uint8)
+    found = zip(manifest.chunks, sums(memory, manifest.chunks), strict=True)
+    manifest = replace(manifest, chunks=[replace(chunk, sum=one) for chunk, one in found])
+    if what == "damaged":
+        memory[2 * 64 + 9] ^= 1
+
+    @contextmanager
+    def opened(guard: str, wanted: Manifest) -> Iterator[torch.Tensor]:
+        assert (guard, wanted) == ("/the/guard", manifest)
+        yield memory
+        if what == "owner ends":
+            raise SourceError("owner ended")
+
+    monkeypatch.setattr(loader, "opened", opened)
+    hand_in(tmp_path, Ticket(1, "/the/guard", encode_manifest(manifest), check=True, gpu=True))
+    load(model, [])
+    (report,) = reports(tmp_path, 1)
+    assert problem in report.problem
+    assert (report.touched, bool(report.problem)) == (touched, bool(problem))
+    assert is_loaded(model, weights) == (what != "damaged")
+    assert bool(model.qkv.any()) == (what != "damaged")
+
+
 def test_loading_that_fails_half_way_is_reported_as_touched_and_raises_nothing(obey: Obey) -> None:
     report = obey(Failing(), exported(0))
     assert "KeyError" in report.problem
@@ -267,7 +342,7 @@ def test_a_copy_that_went_wrong_is_seen(obey: Obey, monkeypatch: pytest.MonkeyPa
     plan = model.slipstream_plan
     plan.copy = lambda image: [copy.target.copy_(copy.source(image)) for copy in plan.copies[1:]]
     report = obey(model, exported(1))
-    assert "1 of 8 copies are not what was staged" in report.problem
+    assert "1 of 3 copies are not what was staged" in report.problem
     assert report.touched
 
 

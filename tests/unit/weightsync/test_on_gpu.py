@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
 from torch.distributed import HashStore, TCPStore
 
 from tests.unit.weightsync.versions import holding, version
+from weightsync import on_gpu as module
 from weightsync.config import WeightSyncConfig
 from weightsync.cuda import Driver, visible_cards
 from weightsync.errors import NoCuda, SourceError
@@ -16,7 +18,7 @@ from weightsync.guard import Contents, Guard, Place
 from weightsync.holder import Held, Holder
 from weightsync.image import Image
 from weightsync.manifest import Manifest
-from weightsync.on_gpu import open_on_gpu
+from weightsync.on_gpu import WAIT_S, open_on_gpu
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports.choice import transports
@@ -73,7 +75,37 @@ def test_without_a_driver_it_says_so() -> None:
     with pytest.raises(NoCuda, match="no CUDA"):
         Driver()
     with pytest.raises(NoCuda, match=r"weightsync.gpu: got true, but the learner has no GPU: no CUDA"):
-        open_on_gpu(1.0, print)
+        open_on_gpu(print)
+
+
+def test_readers_are_waited_for_once_and_then_the_version_comes_by_its_other_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, manifest = version(4)
+    busy = [None, SourceError("still being read"), RuntimeError("no memory"), None, None]
+    waited: list[float] = []
+    told: list[str] = []
+
+    def fill(slot: object, manifest: Manifest, image: Image, timeout_s: float) -> Manifest:
+        waited.append(timeout_s)
+        if error := busy.pop(0):
+            raise error
+        return summed(manifest)
+
+    monkeypatch.setattr(module, "Driver", object)
+    monkeypatch.setattr(module, "Slot", lambda ordinal, size: SimpleNamespace(size=size))
+    monkeypatch.setattr(module, "fill", fill)
+    on_gpu = module.OnGpu(0, told.append)
+    found = []
+    for _ in range(5):
+        taken = on_gpu.take(manifest, image)
+        found.append((taken.chunks[0].sum is not None, on_gpu.holds(manifest.label)))
+    assert found == [(True, True), (False, False), (False, False), (True, True), (True, True)]
+    assert waited == [WAIT_S, WAIT_S, 0.0, 0.0, WAIT_S]
+    assert [line.partition(": ")[2] for line in told] == [
+        "version 4 is not offered from the GPU: still being read",
+        "version 4 is not offered from the GPU: no memory",
+    ]
 
 
 def test_the_agent_leaves_the_version_to_its_engine(slot: Callable[[Manifest], Guard]) -> None:
