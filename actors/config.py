@@ -48,9 +48,16 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     bare flag. They win over ours."""
 
     def __post_init__(self) -> None:
-        """Refuse pauses that would falsify records. Raises `ValueError`; msgspec adds the path."""
+        """Refuse pauses that falsify records, and a second file of options. Raises `ValueError`; msgspec
+        adds the path.
+        """
         if self.pause == "in_place":
             raise ValueError(f"pause: got 'in_place': {IN_PLACE}; set abort, finish or retract")
+        if "config" in self.server_args:
+            raise ValueError(
+                "server_args: got 'config', and SGLang takes one file, which is that of its keys; name the "
+                "options here one by one"
+            )
 
 
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):

@@ -104,10 +104,8 @@ class Engine:
             )
         experts = expert_layers(model) if routed else None
         port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
-        arguments = command(
-            model, config, port=port, seed=seed, load_format=load_format, keys=keys, routed=routed
-        )
-        server = await Server.start(name, log, arguments, environment(config))
+        arguments = command(model, config, port=port, seed=seed, load_format=load_format, routed=routed)
+        server = await Server.start(name, log, arguments, environment(config), keys)
         engine = cls(server, config, Calls(name, port, keys), end_tokens(model), experts)
         try:
             await engine._ready()

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from actors.config import EngineConfig
 from actors.errors import EngineError
 from weightsync.ticket import FOLDER, LOADER
@@ -40,13 +42,22 @@ class Server:
         self._process, self._log, self._scratch = process, log, scratch
 
     @classmethod
-    async def start(cls, name: str, log: Path, arguments: list[str], variables: dict[str, str]) -> Server:
+    async def start(
+        cls, name: str, log: Path, arguments: list[str], variables: dict[str, str], keys: tuple[str, str]
+    ) -> Server:
         """Start the command `arguments` with the environment `variables`; `log`, replaced, takes what it
-        prints."""
-        scratch = tempfile.TemporaryDirectory(prefix="slipstream-engine-")
+        prints.
+
+        `keys`, API key and admin API key, go by a file in a folder that nobody else may read: the command
+        line of a process is everybody's.
+        """
+        scratch = tempfile.TemporaryDirectory(prefix="slipstream-engine-")  # with mode 0700
+        secrets = Path(scratch.name) / "keys.yaml"  # JSON is YAML
+        secrets.write_bytes(msgspec.json.encode(dict(zip(("api-key", "admin-api-key"), keys, strict=True))))
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *arguments,
+                *("--config", str(secrets)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -110,18 +121,14 @@ def command(
     port: int,
     seed: int,
     load_format: str,
-    keys: tuple[str, str],
     routed: bool = False,
 ) -> list[str]:
-    """The server's command line; `keys` are the API key and the admin API key, `routed` whether it can
-    return routed experts."""
+    """The server's command line, without its keys; `routed`: whether it can return routed experts."""
     options: dict[str, str | int | float | bool] = {
         "model-path": str(model),
         "load-format": load_format,
         "host": "127.0.0.1",
         "port": port,
-        "api-key": keys[0],
-        "admin-api-key": keys[1],
         "random-seed": seed,
         "device": config.device,
         "dtype": config.dtype,

@@ -9,8 +9,6 @@ widths. What costs is the number of tensors: 6,144 of experts, where Qwen3-Next-
 |---|---|
 | plan | staged, then copied as the loader has seen it once: in the engine's own fused layout |
 | names | staged, then by SGLang's own loading of Hugging Face names |
-| bucket | SGLang's `update_weights_from_distributed`, one broadcast, by names |
-| tensors | the same with one broadcast for each tensor |
 
 Timed is the pause, from closing the engine's gate to opening it again.
 """
@@ -21,20 +19,17 @@ import asyncio
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from actors.config import EngineConfig, SamplingConfig
+from actors.config import EngineConfig
 from actors.engine import Engine
 from benchmarks.harness import parser, progress, report, table
-from benchmarks.weightsync_engine import meet
 from launch.tiny_model import make_tiny
 from weightsync.holder import Held
 from weightsync.image import write_image
 from weightsync.manifest import Manifest
-from weightsync.transports.stock import StockGroup
 
 EXPERTS = 512
 ROUNDS = 5
@@ -76,33 +71,6 @@ async def pauses(engine: Engine, tensors: Tensors, rounds: int) -> dict[str, lis
     return found
 
 
-async def stock(engine: Engine, group: StockGroup, tensors: Tensors, number: int, *, bucket: bool) -> float:
-    """Seconds of SGLang's own push."""
-    manifest, began = Manifest.of(number, tensors), time.perf_counter()
-    body = {
-        "names": list(tensors),
-        "dtypes": [entry.dtype for entry in manifest.tensors],
-        "shapes": [entry.shape for entry in manifest.tensors],
-        "group_name": group.name,
-        "load_format": "flattened_bucket" if bucket else None,
-        "weight_version": manifest.label,
-        "flush_cache": False,
-    }
-
-    def send() -> None:
-        for part in [tensors] if bucket else [{name: tensor} for name, tensor in tensors.items()]:
-            group.send(part)
-
-    async with engine.idle():
-        # `Engine.update_weights` knows the bucket only.
-        update = asyncio.create_task(engine._calls.post("/update_weights_from_distributed", body, 300))
-        await asyncio.to_thread(send)
-        await update
-    seconds = time.perf_counter() - began
-    progress(f"{'bucket' if bucket else 'tensors'}: {seconds:.3f} s")
-    return seconds
-
-
 async def measure(experts: int, rounds: int) -> dict[str, object]:
     """Median pauses of all ways."""
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as root:
@@ -112,21 +80,12 @@ async def measure(experts: int, rounds: int) -> dict[str, object]:
             max_running_requests=8,
             max_total_tokens=2048,
             start_timeout_s=180,
-            update_timeout_s=300,
             server_args={"chunked-prefill-size": 48},
         )
         progress("starting the engine")
         engine = await Engine.start(folder, config, name="bench", seed=0, log=Path(root) / "engine.log")
         try:
             found = await pauses(engine, tensors, rounds)
-            group = await meet(engine)
-            for way, bucket in (("bucket", True), ("tensors", False)):
-                found[way] = [
-                    await stock(engine, group, tensors, 100 + number, bucket=bucket)
-                    for number in range(rounds)
-                ]
-            group.close()
-            await engine.generate([5, 6, 7], [1], SamplingConfig(max_new_tokens=2))
         finally:
             await engine.stop()
     return {

@@ -78,6 +78,17 @@ async def engine(folder: Path, model: torch.nn.Module):
     await engine.stop()
 
 
+async def test_its_keys_are_on_no_command_line_and_nothing_goes_without_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (engine.pid, *members(engine.pid))]
+    assert any(b"--config" in line for line in lines)
+    assert not any(key.encode() in line for key in engine._calls._keys for line in lines)
+    monkeypatch.setattr(engine._calls, "_keys", ("guessed", "guessed"))
+    with pytest.raises(EngineError, match="status 401"):
+        await engine.score([[1, 2]])
+
+
 async def test_scores_equal_transformers_for_ragged_lengths(engine: Engine, model) -> None:
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 320, length).tolist() for length in (2, 3, 17, 64, 5, 130)]

@@ -31,7 +31,7 @@ def test_the_temperature_is_positive(temperature: float) -> None:
 
 def test_server_args_win_and_make_flags() -> None:
     config = EngineConfig(server_args={"sleep-on-idle": False, "tp-size": 2, "enable-metrics": True})
-    line = command(Path("m"), config, port=1, seed=2, load_format="dummy", keys=("a", "b"))
+    line = command(Path("m"), config, port=1, seed=2, load_format="dummy")
     assert "--sleep-on-idle" not in line
     assert "--enable-metrics" in line
     assert line[line.index("--tp-size") + 1] == "2"
@@ -41,7 +41,7 @@ def test_only_a_cpu_engine_gets_our_platform() -> None:
     assert environment(EngineConfig())["SGLANG_PLATFORM"] == "slipstream_cpu"
     cuda = EngineConfig(device="cuda")
     assert "SGLANG_PLATFORM" not in environment(cuda)
-    line = command(Path("m"), cuda, port=1, seed=2, load_format="auto", keys=("a", "b"))
+    line = command(Path("m"), cuda, port=1, seed=2, load_format="auto")
     assert "sglang.launch_server" in line
     assert "torch_native" not in line
 
@@ -51,6 +51,11 @@ def test_ranks_of_a_cpu_engine_need_no_numa_node_each() -> None:
     assert environment(pair)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
     assert environment(pair)["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment(EngineConfig())
+
+
+def test_a_second_file_of_options_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"server_args: got 'config'.*one by one"):
+        msgspec.convert({"server_args": {"config": "mine.yaml"}}, EngineConfig)
 
 
 def test_a_pause_that_would_falsify_records_is_refused_with_the_reason() -> None:

@@ -120,7 +120,5 @@ def test_a_model_says_how_many_there_are(tmp_path: Path) -> None:
 
 def test_the_server_is_asked_for_them_on_demand_only() -> None:
     for routed in (False, True):
-        line = command(
-            Path("m"), EngineConfig(), port=1, seed=2, load_format="dummy", keys=("a", "b"), routed=routed
-        )
+        line = command(Path("m"), EngineConfig(), port=1, seed=2, load_format="dummy", routed=routed)
         assert (FLAG in line) == routed
