@@ -1,7 +1,7 @@
 """A task that a tiny model learns by calling a tool: the product of two two-digit numbers.
 
     python -m examples.tool_use data          # writes train, held_out and demonstrations to the folder
-    launch demo --config examples/tool_use.toml
+    launch demo --family qwen3 --config examples/tool_use.toml
 
 The warm-up shows, half of the time, a call such as `[37*46]`, else a wrong guess, and always how to go on
 after the calculator has answered: `<1702>`, hence `#### 1702`. The reward has to teach which of the two pays.

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--name", help="name of the run (default: demo)")
     demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
     demo.add_argument(
-        "--family", default="qwen3", help="of the model it makes: qwen3 (default), qwen3_moe or qwen3_next"
+        "--family", default="qwen3_next", help="of its model: qwen3_next (default), qwen3 or qwen3_moe"
     )
     demo.add_argument("--record", action="store_true", help="keep all it consumes in runs/<name>/record")
     demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")

@@ -56,7 +56,7 @@ def prepare(config: RunConfig, family: str) -> RunConfig:
 
 
 def run_demo(
-    config: RunConfig, actors: int, *, family: str = "qwen3", record: bool = False
+    config: RunConfig, actors: int, *, family: str = "qwen3_next", record: bool = False
 ) -> Summary | None:
     """Runs to the end, or to Ctrl-C; the summary, None if the run was stopped before it began.
 
