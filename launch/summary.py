@@ -106,12 +106,12 @@ def render(summary: Summary) -> str:
     differences = ", ".join(
         f"{name} {value:.1e}" for name, value in weights.get("max_difference", {}).items()
     )
+    mean = "-" if summary.staleness_mean is None else f"{summary.staleness_mean:.2f}"
     lines = [
         f"run         {summary.run}: {summary.ended} after {summary.steps} steps, {summary.seconds:.0f} s",
         f"reward      {summary.reward_first} (first {FIRST_STEPS} steps) -> "
         f"{summary.reward_last} (last {LAST_STEPS})",
-        f"staleness   mean {summary.staleness_mean}, max {summary.staleness_max}, "
-        f"bound {summary.max_staleness}",
+        f"staleness   mean {mean}, max {summary.staleness_max}, bound {summary.max_staleness}",
         f"groups      {summary.groups.identity(summary.conserved)}",
         f"tokens/s    {summary.tokens_per_second}; actors generated during {summary.overlap:.0%} of training"
         if summary.overlap is not None
