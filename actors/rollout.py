@@ -149,8 +149,10 @@ async def _sample(
     try:
         try:
             trajectory = await _converse(recipe, prompt, policy)
-        finally:
+        except SampleError:
             ended()
+            raise
+        ended()  # but not if the engine failed: no other group is to begin on it
         text = recipe.text.decode(trajectory.final)
         verdict = await recipe.rewards.score(text, prompt.answer, trajectory.trained)
     except SampleError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import secrets
 import signal
@@ -24,7 +25,7 @@ from buffer.client import AsyncStream, Stream
 from buffer.ledger import Snapshot as Look
 from buffer.local_server import LocalServer
 from buffer.members import Heartbeat, JoinActor
-from launch.tiny_model import make_tiny_qwen3
+from launch.tiny_model import make_tiny
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.step import Snapshot, Trainer
 from learner.verify import WeightCheck, check_engines
@@ -48,18 +49,35 @@ CHUNK = 256 << 10
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A learner's model, whose weights the engine has never seen."""
-    folder = make_tiny_qwen3(tmp_path_factory.mktemp("weights") / "model", seed=3)
-    return Trainer(folder, ModelConfig(path=str(folder)), OptimizerConfig(), ObjectiveConfig())
+    return trainer_of("qwen3", tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
     """An engine with dummy weights."""
-    folder = make_tiny_qwen3(tmp_path_factory.mktemp("engine") / "model", seed=4)
-    config = EngineConfig(max_running_requests=16, max_total_tokens=2048, update_timeout_s=30)
-    engine = await Engine.start(folder, config, name="a", seed=0, log=folder / "engine.log")
+    engine = await engine_of("qwen3", tmp_path_factory.mktemp("engine"))
     yield engine
     await engine.stop()
+
+
+def tiny(family: str, folder: Path, seed: int) -> Path:
+    """A model without a choice: every expert is chosen, as one of two may be where scores nearly tie."""
+    config = make_tiny(family, folder, seed=seed) / "config.json"
+    fields = json.loads(config.read_text())
+    if "num_experts" in fields:
+        config.write_text(json.dumps({**fields, "num_experts_per_tok": fields["num_experts"]}))
+    return folder
+
+
+def trainer_of(family: str, root: Path) -> Trainer:
+    folder = tiny(family, root / "model", seed=3)
+    return Trainer(folder, ModelConfig(path=str(folder)), OptimizerConfig(), ObjectiveConfig())
+
+
+async def engine_of(family: str, root: Path) -> Engine:
+    folder = tiny(family, root / "model", seed=4)
+    config = EngineConfig(max_running_requests=16, max_total_tokens=2048, update_timeout_s=30)
+    return await Engine.start(folder, config, name="a", seed=0, log=folder / "engine.log")
 
 
 class Pair:
@@ -158,6 +176,19 @@ async def test_other_weights_than_the_digest_says_fail_the_check(
 async def test_fifty_pushes_under_generation_mix_no_version(
     redis_server: LocalServer, engine: Engine, trainer: Trainer
 ) -> None:
+    await push_fifty_times(redis_server, engine, trainer)
+
+
+@pytest.mark.accept
+async def test_the_same_with_qwen3_next(redis_server: LocalServer, tmp_path: Path) -> None:
+    engine = await engine_of("qwen3_next", tmp_path / "engine")
+    try:
+        await push_fifty_times(redis_server, engine, trainer_of("qwen3_next", tmp_path / "trainer"))
+    finally:
+        await engine.stop()
+
+
+async def push_fifty_times(redis_server: LocalServer, engine: Engine, trainer: Trainer) -> None:
     """After each the engine equals the learner; every token is what the weights of its own label say."""
     answers: list[Completion] = []
     draw, seeds = torch.Generator().manual_seed(1), itertools.count()
@@ -241,7 +272,7 @@ async def test_a_hung_engine_delays_no_other_and_is_named_in_time(
 ) -> None:
     """SIGSTOP of a whole engine; when it goes on it serves the newest version, and none in between."""
     config = EngineConfig(max_running_requests=16, max_total_tokens=2048, update_timeout_s=30)
-    folder = make_tiny_qwen3(tmp_path / "model", seed=5)
+    folder = make_tiny("qwen3", tmp_path / "model", seed=5)
     hung = await Engine.start(folder, config, name="hung", seed=0, log=tmp_path / "engine.log")
     served, holder, draw = list[int](), Holder("127.0.0.1"), torch.Generator().manual_seed(3)
 

@@ -109,8 +109,10 @@ async def test_an_engine_that_fails_or_answers_too_little_ends_the_rollout() -> 
         ) -> list[Completion]:
             raise EngineError("is the server gone?")
 
+    events = list[str]()
     with pytest.raises(EngineError, match="is the server gone"):
-        await rollout(Dead(), LEASE, recipe(2))
+        await rollout(Dead(), LEASE, recipe(2), lambda: events.append("generated"))
+    assert events == [], "another group would be begun on an engine that is gone"
     with pytest.raises(EngineError, match="generate: got 1 answers, expected 2"):
         await rollout(ScriptedEngine(SEVEN), LEASE, recipe(2))
 
