@@ -85,7 +85,7 @@ class Saver:
             whole = msgspec.structs.replace(job, slots=self._snapshot.take(parts))
             process.stdin.write(msgspec.json.encode(whole) + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # the latter: its pipe was closed since, as it had died
             return  # it has died just now, which `finished` finds out
         except (OSError, RuntimeError) as error:
             self._failed = f"there is no memory for its copy: {error}"
