@@ -19,7 +19,7 @@ import msgspec
 
 from actors.environments.policy import Generator
 from actors.errors import SampleError
-from actors.rollout import Recipe, answers, request_seed
+from actors.rollout import Recipe, all_of, answers, request_seed
 from buffer.schema import Prompt
 
 
@@ -96,13 +96,7 @@ async def ask(
         show(found)
         return asked
 
-    tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await all_of(one(prompt) for prompt in prompts)
 
 
 def figures(asked: Sequence[Asked], samples: int) -> Figures:

@@ -6,9 +6,9 @@ import asyncio
 import collections
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import xxhash
@@ -22,6 +22,8 @@ from actors.trajectory import Trajectory, lay_out
 from buffer.admission import Lease
 from buffer.schema import Group, Prompt, Version
 from weightsync.manifest import parse_label
+
+T = TypeVar("T")
 
 SAMPLES_MIN = 2
 """Fewer valid samples make no group: an advantage compares samples of one prompt."""
@@ -85,7 +87,7 @@ async def answers(
             generated()
 
     try:
-        return await _all(
+        return await all_of(
             _sample(batcher, partial(seed, index), prompt, recipe, partial(ended, index))
             for index in range(recipe.group_size)
         )
@@ -126,9 +128,9 @@ async def rollout(
     )
 
 
-async def _all(samples: Any) -> list[Scored | SampleError]:
-    """The results in order; the first error that is not a sample's own ends the others."""
-    tasks = [asyncio.create_task(sample) for sample in samples]
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order; the first error ends the others, which are over when it is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

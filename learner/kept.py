@@ -13,7 +13,6 @@ evaluation is to have: on a slow disk the newest wins, and what was overtaken is
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from learner.checkpoint.folder import sync
 from weightsync.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -147,10 +147,10 @@ class KeptVersions:
             save_hf(dict(tensors), read_shape(self._model), part, self._model)
             _label(part, kept)
             for path in part.iterdir():
-                _sync(path)
+                sync(path)
             self._remove(kept.version)
             part.rename(folder)
-            _sync(self._root)
+            sync(self._root)
         finally:  # a full disk gets its space back
             shutil.rmtree(part, ignore_errors=True)
 
@@ -193,13 +193,5 @@ def _label(folder: Path, kept: Kept) -> None:
     """Writes `version.json` in one piece."""
     part = folder / f"{_LABEL}.part"
     part.write_bytes(msgspec.json.encode(kept) + b"\n")
-    _sync(part)
+    sync(part)
     part.rename(folder / _LABEL)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -160,9 +160,9 @@ def random_file(rank: int) -> str:
     return f"random-{rank}.bin"
 
 
-def sync_folder(folder: Path) -> None:
-    """Has the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Has a file's bytes, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -85,7 +85,7 @@ class Saver:
             whole = msgspec.structs.replace(job, slots=self._snapshot.take(parts))
             process.stdin.write(msgspec.json.encode(whole) + b"\n")
             process.stdin.flush()
-        except (BrokenPipeError, ValueError):  # the latter: its pipe was closed since, as it had died
+        except BrokenPipeError:
             return  # it has died just now, which `finished` finds out
         except (OSError, RuntimeError) as error:
             self._failed = f"there is no memory for its copy: {error}"
@@ -101,8 +101,8 @@ class Saver:
         self._job = None
         if line:
             return msgspec.json.decode(line, type=Written)
+        self.copied()  # says why it could not, if it could not; it may be writing to the pipe until then
         code = self._end()
-        self.copied()  # which says why it could not, if it could not
         error, self._failed = self._failed or f"the process that writes it ended with {code}", ""
         return Written(error, 0.0)
 

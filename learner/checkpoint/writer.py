@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from buffer.process import end_with_parent
-from learner.checkpoint.folder import State, digest_of, pieces_file, random_file, sync_folder, unfinished
+from learner.checkpoint.folder import State, digest_of, pieces_file, random_file, sync, unfinished
 from learner.checkpoint.snapshot import Slot, snapshot_map
 from learner.convert.dist_checkpoint import Piece, write_checkpoint_index, write_pieces
 
@@ -98,12 +98,12 @@ def publish(beside: Path, path: Path) -> None:
     """Syncs everything and gives the folder its name; one of that name that is there is as good."""
     for file in beside.iterdir():
         _sync(file)
-    sync_folder(beside)
+    sync(beside)
     if path.exists():
         shutil.rmtree(beside)
     else:
         beside.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def _sync(path: Path) -> None:

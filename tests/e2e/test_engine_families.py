@@ -96,6 +96,16 @@ async def worst(engine: Engine, policy: Policy) -> dict[str, float]:
     }
 
 
+async def load_and_compare(engine: Engine, policy: Policy, version: int, way: str) -> None:
+    """Has the engine load the policy's weights as a version, in a certain way, and then answer as it does."""
+    exported = policy.trainer.export()
+    image, complete = write_image(Manifest.of(version, exported), exported)
+    loaded = await engine.load_weights(Held(complete, image), check=True)
+    assert loaded.way == way, loaded
+    found = await worst(engine, policy)
+    assert max(found.values()) < TOLERANCE, found
+
+
 async def replay_mismatch(engine: Engine, folder: Path) -> dict[bool, float]:
     """Mean |log p(engine) - log p(learner)| of answers, by whether `folder` replays the engine's routing."""
     rng = np.random.default_rng(1)
@@ -144,11 +154,6 @@ async def test_scores_and_answers_equal_transformers_and_the_learner(folders: li
         stale = await worst(engine, before)
         assert min(stale.values()) > 100 * TOLERANCE, stale
         for version, policy, way in ((2, before, "names"), (3, after, "plan")):
-            exported = policy.trainer.export()
-            image, complete = write_image(Manifest.of(version, exported), exported)
-            loaded = await engine.load_weights(Held(complete, image), check=True)
-            assert loaded.way == way, loaded
-            found = await worst(engine, policy)
-            assert max(found.values()) < TOLERANCE, found
+            await load_and_compare(engine, policy, version, way)
     finally:
         await engine.stop()

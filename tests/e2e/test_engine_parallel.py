@@ -9,10 +9,7 @@ import pytest
 
 from actors.engine import Engine
 from launch.tiny_model import make_tiny
-from tests.e2e.test_engine_families import CONFIG, TOLERANCE, Policy, perturbed, worst
-from weightsync.holder import Held
-from weightsync.image import write_image
-from weightsync.manifest import Manifest
+from tests.e2e.test_engine_families import CONFIG, Policy, load_and_compare, perturbed
 
 pytestmark = pytest.mark.accept
 
@@ -26,11 +23,6 @@ async def test_two_ranks_take_versions_by_plan_and_answer_like_one(tmp_path: Pat
     engine = await Engine.start(made, config, name="pair", seed=0, log=log, load_format="dummy")
     try:
         for version, policy, way in ((0, before, "names"), (1, after, "plan"), (2, before, "plan")):
-            exported = policy.trainer.export()
-            image, complete = write_image(Manifest.of(version, exported), exported)
-            loaded = await engine.load_weights(Held(complete, image), check=True)
-            assert loaded.way == way, loaded
-            found = await worst(engine, policy)
-            assert max(found.values()) < TOLERANCE, found
+            await load_and_compare(engine, policy, version, way)
     finally:
         await engine.stop()

@@ -188,21 +188,22 @@ async def test_the_same_with_qwen3_next(redis_server: LocalServer, tmp_path: Pat
         await engine.stop()
 
 
+async def generate(engine: Engine, seeds: Iterator[int], answers: list[Completion]) -> None:
+    """Adds answers, two at a time and of a seed each, until it is cancelled."""
+    sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
+    while True:
+        answers.extend(await engine.generate(PROMPT, [next(seeds), next(seeds)], sampling))
+
+
 async def push_fifty_times(redis_server: LocalServer, engine: Engine, trainer: Trainer) -> None:
     """After each the engine equals the learner; every token is what the weights of its own label say."""
     answers: list[Completion] = []
     draw, seeds = torch.Generator().manual_seed(1), itertools.count()
     versions: dict[str, Snapshot] = {}
-
-    async def generate() -> None:
-        sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
-        while True:
-            answers.extend(await engine.generate(PROMPT, [next(seeds), next(seeds)], sampling))
-
     async with Pair(redis_server, engine, WeightSyncConfig()) as pair:
         first = trainer.export()
         await pair.push(Manifest.of(0, first), first)
-        writing, ways = [asyncio.create_task(generate()) for _ in range(2)], set()
+        writing, ways = [asyncio.create_task(generate(engine, seeds, answers)) for _ in range(2)], set()
         for version in range(1, 51):
             manifest, tensors = step(trainer, version, draw)
             versions[manifest.label] = trainer.snapshot()
@@ -227,19 +228,13 @@ async def test_row_16_a_push_that_dies_at_every_chunk_mixes_no_version(
     answers: list[Completion] = []
     draw, seeds = torch.Generator().manual_seed(2), itertools.count()
     versions: dict[str, Snapshot] = {}
-
-    async def generate() -> None:
-        sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
-        while True:
-            answers.extend(await engine.generate(PROMPT, [next(seeds), next(seeds)], sampling))
-
     async with Pair(redis_server, engine, WeightSyncConfig(transport="peer", timeout_s=5)) as pair:
         first = trainer.export()
         old = Manifest.of(0, first)
         versions[old.label] = trainer.snapshot()
         await pair.push(old, first)
         count = -(-sum(tensor.nbytes for tensor in first.values()) // CHUNK)
-        answer, writing = pair.offers.holder.answer, asyncio.create_task(generate())
+        answer, writing = pair.offers.holder.answer, asyncio.create_task(generate(engine, seeds, answers))
         for chunk in range(count):
             left = itertools.count(chunk, -1)
 

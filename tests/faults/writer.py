@@ -63,13 +63,13 @@ def watch(faults: KillsParent) -> None:
         if folder.name.startswith("."):  # not yet its name
             faults.at("ckpt-synced")
 
-    sync = writer.sync_folder
+    sync = writer.sync
     pieces, writer.write_pieces = writer.write_pieces, half
     around("write_rank", "ckpt-begin", "ckpt-tensors")
     around("write_checkpoint_index", after="ckpt-index")
     around("write_whole", after="ckpt-state")
     around("publish", after="ckpt-renamed")
-    writer.sync_folder = synced
+    writer.sync = synced
 
 
 def fill_the_disk(after: int) -> None:

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from learner.config import ParallelConfig
 from learner.model.world import join_world
 from tests.gpu.cases import make
 from tests.parallel.layouts import OBJECTIVES, layout, reference_of
-from tests.parallel.rank import train
+from tests.parallel.rank import keep, train
 
 
 class Trial(NamedTuple):
@@ -79,10 +78,7 @@ def main(rank: int, folder: Path, name: str) -> None:
     join_world(dist.FileStore(str(folder / "store"), 2), rank, 2, parallel)
     for trial in trials:
         figures, tensors = trial.run(folder, parallel)
-        out = folder / trial.id
-        out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
-        if rank == 0:
-            save_file(tensors, out.with_suffix(".safetensors"))
+        keep(folder / trial.id, rank, figures, tensors)
     dist.barrier()
     dist.destroy_process_group()
 

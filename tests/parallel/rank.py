@@ -122,6 +122,13 @@ def other_calls(trainer: Trainer) -> dict[str, Any]:
     return {"answers": answers, "losses": losses}
 
 
+def keep(out: Path, rank: int, figures: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes what a rank found for the test to read; tensors are rank 0's."""
+    out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
+    if rank == 0:
+        save_file(tensors, out.with_suffix(".safetensors"))
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -132,10 +139,7 @@ def main(rank: int, size: int, folder: Path) -> None:
             figures, tensors = train(
                 folder / trial.case, trial.parallel, OBJECTIVES[trial.kind], trial.all_calls
             )
-            out = folder / trial.id
-            out.with_suffix(f".{rank}.json").write_bytes(msgspec.json.encode(figures))
-            if rank == 0:
-                save_file(tensors, out.with_suffix(".safetensors"))
+            keep(folder / trial.id, rank, figures, tensors)
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()

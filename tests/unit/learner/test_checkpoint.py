@@ -239,6 +239,23 @@ def test_a_writer_that_dies_is_replaced(make_checkpoint: Callable, tmp_path: Pat
     assert [one.version for one in complete(tmp_path)] == [0]
 
 
+def test_a_writer_that_dies_while_the_copy_is_made_is_replaced(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipe stays open until the thread that copies has found out."""
+    folder, _ = make_checkpoint()
+    trainer = make_trainer(folder)
+    with Saver(tmp_path) as saver:
+        take = saver._snapshot.take
+        monkeypatch.setattr(saver._snapshot, "take", lambda parts: (time.sleep(0.5), take(parts))[1])
+        saver.begin("step-00000001-7", trainer.parts(), state_of(trainer))
+        assert saver._process is not None
+        os.kill(saver._process.pid, signal.SIGKILL)
+        written = saver.wait()
+    assert written is not None
+    assert written.error == "the process that writes it ended with -9"
+
+
 def make_folders(
     folder: Path, *versions: int, lineage: int = 0, epoch: int = 1, digest: str = "d", weights: str = ""
 ) -> None:

@@ -146,7 +146,7 @@ def test_a_disk_that_fails_costs_the_version_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(kept, "_sync", full)
+        patched.setattr(kept, "sync", full)
         run.put(1)
     assert run.names() == []
     assert "version 1 is not kept" in caplog.text
