@@ -102,9 +102,8 @@ class Staging:
             try:
                 for check in checks:
                     check.result()
-            except BaseException:
+            finally:  # those that are left, if one failed
                 threads.shutdown(cancel_futures=True)
-                raise
         self._image, self._kept = image, set(everything)
 
     def put(self, place: Place) -> None:
