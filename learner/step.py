@@ -205,9 +205,9 @@ class Trainer:
         return {"loss": total, "grad_norm": norm, "lr": lr, "tokens": tokens}
 
     def export(self) -> dict[str, torch.Tensor]:
-        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order.
+        """The current weights under Hugging Face names, in a fixed order: copies on the CPU.
 
-        A collective: rank 0 gets all of them, the others none.
+        They have the model's dtypes. A collective: rank 0 gets all of them, the others none.
         """
         return export_hf(self._model, self._shape)
 
