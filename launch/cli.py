@@ -136,9 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (status, verify, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument(
-        "--weights", action="store_true", help="also have every engine score recent samples again"
+        "--weights", action="store_true", help="also score recent samples again, by engines and kept versions"
     )
-    verify.add_argument("--samples", type=int, default=8, metavar="K", help="how many of them (default: 8)")
+    verify.add_argument("--samples", type=int, metavar="K", help="how many of them (default: 8)")
     inspect.add_argument("--dead", action="store_true", help="list the dead letters")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="also save their payloads there")
     inspect.add_argument("--requeue", metavar="ENTRY", help="put the prompt of a letter back into the queue")

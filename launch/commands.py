@@ -244,20 +244,22 @@ def verify(args: argparse.Namespace) -> int:
 
     from launch.status import find_run
     from launch.verify import render, verify
+    from launch.weights import WeightChecks, check_weights, render_weights
 
-    if args.samples < 1:
-        raise LaunchError(f"--samples: got {args.samples}, expected 1 or more")
+    if args.samples is not None and not args.weights:
+        raise LaunchError(f"--samples: got {args.samples} without --weights, expected no such option")
+    samples = 8 if args.samples is None else args.samples
+    if samples < 1:
+        raise LaunchError(f"--samples: got {samples}, expected 1 or more")
     stream = find_run(_url(args, ""), args.run)
-    found, checks = verify(stream), []
-    if args.weights:
-        from launch import weights
-
-        checks = weights.check_weights(stream, args.samples)
+    found = verify(stream)
+    checks = check_weights(stream, samples) if args.weights else WeightChecks([], [])
     if args.json:
-        print(msgspec.json.encode({**msgspec.to_builtins(found), "weights": checks}).decode())
+        scored = {"weights": checks.engines, "versions": checks.versions}
+        print(msgspec.json.encode({**msgspec.to_builtins(found), **scored}).decode())
     else:
-        print("\n".join([*([weights.render(checks)] if args.weights else []), render(found)]))
-    return 0 if found.holds and not any(check.problem for check in checks) else 1
+        print("\n".join([*([render_weights(checks)] if args.weights else []), render(found)]))
+    return 0 if found.holds and checks.hold else 1
 
 
 def inspect(args: argparse.Namespace) -> int:
