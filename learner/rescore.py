@@ -1,7 +1,7 @@
-"""Scoring token sequences under weights that lie in folders, for `launch verify`: `python -m learner.rescore`.
+"""Scoring token sequences under weights in folders, for `launch verify`: `python -m learner.rescore`.
 
-One JSON `Job` on standard input, on the last line of standard output a list for each of its folders: the scores
-of its sequences, or null for a folder that is not there any more, or not whole.
+One JSON `Job` on standard input, on the last line of standard output a list for each of its folders: the
+scores of its sequences, or null for a folder that is not there any more, or not whole.
 """
 
 from __future__ import annotations
