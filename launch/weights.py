@@ -253,7 +253,7 @@ def compare(spans: list[Span], scores: list[list[float]]) -> Difference:
     return Difference(count, max(differences, default=0.0), sum(differences) / max(1, count))
 
 
-def render_weights(checks: WeightChecks) -> str:
+def render(checks: WeightChecks) -> str:
     """The checks as lines of text."""
     lines = [
         f"weights    {one.actor}: {one.label or 'no answer'}, {one.tokens} tokens scored again, at most "

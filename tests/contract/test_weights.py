@@ -20,7 +20,7 @@ from launch.weights import (
     VersionCheck,
     WeightChecks,
     check_weights,
-    render_weights,
+    render,
 )
 from learner.kept import Kept
 from tests.contract.harness import Run, digest
@@ -75,13 +75,13 @@ def test_an_engine_that_scores_as_the_record_says_is_right(run: Run) -> None:
     found = check(run)
     assert (found.problem, found.tokens) == ("", 12), "three samples of four tokens"
     assert found.max_difference < 1e-6
-    assert f"a: 0:{digest(0)}, 12 tokens scored again" in render_weights(WeightChecks([found], []))
+    assert f"a: 0:{digest(0)}, 12 tokens scored again" in render(WeightChecks([found], []))
 
 
 def test_an_engine_with_other_weights_under_the_right_label_is_found_out(run: Run) -> None:
     found = check(run, off=2 * TOLERANCE)
     assert "it serves other weights" in found.problem
-    assert "VIOLATED" in render_weights(WeightChecks([found], []))
+    assert "VIOLATED" in render(WeightChecks([found], []))
 
 
 def test_a_label_that_was_never_committed_is_found_out(run: Run) -> None:
@@ -148,7 +148,7 @@ def test_what_no_engine_serves_is_scored_under_the_version_that_is_kept(
     assert len(asked["sequences"]) == 3
     (found,), _ = versions_of(two_versions, monkeypatch, 2 * TOLERANCE)
     assert "other weights wrote them" in found.problem
-    assert "VIOLATED" in render_weights(WeightChecks([], [found]))
+    assert "VIOLATED" in render(WeightChecks([], [found]))
     assert not WeightChecks([], [found]).hold
 
 
@@ -157,7 +157,7 @@ def test_versions_that_are_not_kept_are_named(two_versions: Run, monkeypatch: py
     keep(Path("runs", two_versions.stream.run, "weights"), 0, "of-a-twin")
     (found,), asked = versions_of(two_versions, monkeypatch, 5.0)
     assert (found.tokens, found.kept, found.problem, asked) == (12, False, "", [])
-    assert f"0:{digest(0)}: 12 tokens of weights not kept" in render_weights(WeightChecks([], [found]))
+    assert f"0:{digest(0)}: 12 tokens of weights not kept" in render(WeightChecks([], [found]))
 
 
 def test_where_something_computes_in_bf16_the_mean_counts(run: Run) -> None:
