@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
+import redis
 
 from buffer.client import Stream
 from buffer.connect import connect
@@ -140,7 +142,8 @@ def follow(
     while learner.returncode is None:
         if interrupt.asked and not told:
             print("\nstopping after this step ...", file=sys.stderr)
-            stream.redis.set(stream.key("stop"), "asked")
+            with contextlib.suppress(redis.RedisError):  # the learner says so itself, once Redis answers
+                stream.redis.set(stream.key("stop"), "asked")
             learner.process.terminate()
             told = True
         ledger = _look(stream) or ledger

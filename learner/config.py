@@ -98,9 +98,9 @@ class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
 class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Which questions a run asks."""
 
-    path: str
+    path: str = ""
     """JSONL or Parquet file, folder saved by Hugging Face `datasets`, or pattern such as
-    `data/train-*.parquet`; empty where `sources` are given."""
+    `data/train-*.parquet`; absent where `sources` are given."""
     sources: list[SourceConfig] = []
     """Several data sets with weights, instead of `path`."""
     question: str = "question"

@@ -88,6 +88,14 @@ def test_the_options_are_these() -> None:
             ["data", "--out", "d", "--verifiers", "a:b", "--reasoning-gym", "t"],
             "--reasoning-gym and --verifiers: expected one of them",
         ),
+        (
+            ["data", "--out", "d", "--verifiers", "a:b", "--seed", "1"],
+            "--seed: got 1 with --verifiers, whose data are the environment's own",
+        ),
+        (["demo", "redis.url=redis://:secret@h:1"], "redis.url: got redis://:***@h:1, but the demo starts"),
+        (["demo", "--family", "qwen3", "model.path=m"], "--family: got qwen3 with model.path m, so none is"),
+        (["verify", "--samples", "3"], "--samples: got 3 without --weights, expected no such option"),
+        (["inspect", "--requeue", "1-1", "--json"], "--requeue: got one with --dead, --out or --json"),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )
