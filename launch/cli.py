@@ -44,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--node", type=int, metavar="I", help="this machine is node I, 0 the first (default: it is all nodes)"
     )
     learner.add_argument("--meet", default="", metavar="HOST:PORT", help="with --node: where node 0 listens")
+    learner.add_argument(
+        "--fork",
+        metavar="VERSION",
+        help="go on from the checkpoint of this version, or from the `newest`, in a new lineage: later steps "
+        "are undone, and rules such as stream.max_steps may change",
+    )
 
     actors = _command(
         subparsers, "actors", commands.actors, "generate for a run; needs nothing but the Redis URL"

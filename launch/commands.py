@@ -56,13 +56,14 @@ def learner(args: argparse.Namespace) -> int:
 
     nodes = Nodes(args.nodes, args.nproc_per_node, args.node, args.meet)
     nodes.check()
+    fork = None if args.fork is None else _version(args.fork)
     config = _config(args, [], [])
     if config is None:
         return 0
     url, began, interrupt = _url(args, config.redis.url), time.monotonic(), Interrupt()
     stream = Stream.connect(url, config.name)
     with Supervisor() as children:
-        ranks = start_learner(children, config, url, run_folder(config.name), nodes)
+        ranks = start_learner(children, config, url, run_folder(config.name), nodes, fork)
         if not nodes.leads:
             follow_node(ranks, interrupt)
             return 0
@@ -70,6 +71,15 @@ def learner(args: argparse.Namespace) -> int:
         ledger = follow(stream, ranks, None, interrupt, evaluator)
         evaluator.finish(interrupt)
     return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
+
+
+def _version(text: str) -> int:
+    """A version, -1 for the newest one. Raises `LaunchError`."""
+    if text == "newest":
+        return -1
+    if not text.isdecimal():
+        raise LaunchError(f"--fork: got {text}, expected the version of a checkpoint, or newest")
+    return int(text)
 
 
 def actors(args: argparse.Namespace) -> int:

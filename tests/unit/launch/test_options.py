@@ -13,7 +13,7 @@ from launch.cli import build_parser, main
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
     "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
-    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
+    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet", "--fork"],
     "actors": ["--count", "--run", "--redis"],
     "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
@@ -63,6 +63,7 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["learner", "--fork", "x"], "--fork: got x, expected the version of a checkpoint, or newest"),
         (["learner", "--nodes", "0"], "--nodes / --nproc-per-node: got 0 / 1, expected 1 or more"),
         (["learner", "--nodes", "2", "--node", "2"], "--node: got 2, expected 0 to 1 with --nodes 2"),
         (["learner", "--nodes", "2", "--node", "1"], "--meet: got '' with --node, expected HOST:PORT"),
