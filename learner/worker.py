@@ -117,7 +117,10 @@ class Learner:
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
         if left_out:
-            log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
+            log.warning(
+                "%d prompts are shorter or longer than data.min_ and max_prompt_tokens allow: left out",
+                left_out,
+            )
         session, found = self._join()
         restore = Restore(session, found, self._start, settings.checkpoint, Rules.of(settings.stream))
         with RunRecord(self._folder, self._stream, going_on=session.version >= 0) as record:
