@@ -58,8 +58,8 @@ class Session:
         except SettingsMismatch as error:
             rule, _, said = str(error).partition(": ")
             raise SettingsMismatch(
-                f"stream.{FIELDS.get(rule, rule)}: {said}; give run {stream.run} its own again, or the new "
-                "run another name"
+                f"stream.{FIELDS.get(rule, rule)}: {said}; give run {stream.run} its own again, a new run "
+                "another name, or go on in a new lineage (--fork)"
             ) from error
         known = msgspec.json.decode(memory, type=Known) if memory else None
         if known is not None and known.nonce != joined.nonce:

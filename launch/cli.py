@@ -43,6 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     learner.add_argument(
         "--node", type=int, metavar="I", help="this machine is node I, 0 the first (default: it is all nodes)"
     )
+    learner.add_argument(
+        "--fork",
+        action="store_true",
+        help="go on from the newest checkpoint in a new lineage, with new settings",
+    )
     learner.add_argument("--meet", default="", metavar="HOST:PORT", help="with --node: where node 0 listens")
 
     actors = _command(

@@ -62,7 +62,7 @@ def learner(args: argparse.Namespace) -> int:
     url, began, interrupt = _url(args, config.redis.url), time.monotonic(), Interrupt()
     stream = Stream.connect(url, config.name)
     with Supervisor() as children:
-        ranks = start_learner(children, config, url, run_folder(config.name), nodes)
+        ranks = start_learner(children, config, url, run_folder(config.name), nodes, fork=args.fork)
         if not nodes.leads:
             follow_node(ranks, interrupt)
             return 0

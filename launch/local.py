@@ -35,12 +35,15 @@ def run_folder(name: str) -> Path:
 
 
 def start_learner(
-    children: Supervisor, config: RunConfig, url: str, folder: Path, nodes: Nodes
+    children: Supervisor, config: RunConfig, url: str, folder: Path, nodes: Nodes, *, fork: bool = False
 ) -> list[Child]:
-    """Starts the learner's processes on this machine, rank 0 first; they read `config.json` of the folder."""
+    """Starts the learner's processes on this machine, rank 0 first; they read `config.json` of the folder.
+
+    `fork`: a run that is there goes on in a new lineage, under this configuration.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(to_json(config))
-    argv = [sys.executable, "-m", "learner.worker", "--folder", str(folder)]
+    argv = [sys.executable, "-m", "learner.worker", "--folder", str(folder), *(["--fork"] if fork else [])]
     ranks = []
     for variables in nodes.ranks():
         rank = int(variables.get("RANK", "0"))

@@ -99,8 +99,12 @@ class Learner:
     training), `checkpoints/`, `weights/` (kept versions), `export/` (the trained model) and `report.json`.
     """
 
-    def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
+    def __init__(
+        self, stream: Stream, settings: Settings, config: bytes, folder: Path, *, fork: bool = False
+    ) -> None:
+        """`fork`: a run that is there goes on in a new lineage, under the settings given."""
         self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
+        self._fork = fork
         self._stopping = False
         self._ranks: Ranks | None = None
 
@@ -156,7 +160,8 @@ class Learner:
     def _join(self) -> tuple[Session, list[Checkpoint]]:
         """Creates the run, or takes it over, and puts there what actors need."""
         stream = self._stream
-        session, found = join(stream, Rules.of(self._settings.stream), self._folder / "checkpoints")
+        rules, folder = Rules.of(self._settings.stream), self._folder / "checkpoints"
+        session, found = join(stream, rules, folder, fork=self._fork)
         files = model_files(Path(self._settings.model.path))
         stream.patiently(lambda: stream.redis.sadd(RUNS, self._settings.name))
         stream.patiently(lambda: stream.redis.hset(stream.key("files"), mapping=files))
@@ -311,11 +316,13 @@ def follow(settings: Settings, url: str) -> None:
 
 
 def main() -> int:
-    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is. With torchrun's variables
-    in the environment, one rank of several."""
+    """Entry point: `python -m learner.worker --folder DIR [--fork]`, where `config.json` is. With torchrun's
+    variables in the environment, one rank of several."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    folder = parser.parse_args().folder
+    parser.add_argument("--fork", action="store_true")
+    args = parser.parse_args()
+    folder: Path = args.folder
     logging.basicConfig(level="WARNING", format="%(asctime)s learner: %(message)s")
     log.setLevel("INFO")
     config = (folder / "config.json").read_bytes()
@@ -325,7 +332,8 @@ def main() -> int:
         if int(os.environ.get("RANK", "0")):
             follow(settings, url)
             return 0
-        learner = Learner(Stream.connect(url, settings.name, shards=shards), settings, config, folder)
+        stream = Stream.connect(url, settings.name, shards=shards)
+        learner = Learner(stream, settings, config, folder, fork=args.fork)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)
         learner.run()

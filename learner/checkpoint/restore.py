@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buffer.client import Stream
+from buffer.errors import NoRun
+from buffer.ledger import Snapshot
 from buffer.members import Rules
 from buffer.session import Session
 from learner.checkpoint.folder import Checkpoint, complete, oldest_kept, remove, remove_unfinished, set_aside
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("learner")
 
 
-def join(stream: Stream, rules: Rules, folder: Path) -> tuple[Session, list[Checkpoint]]:
+def join(
+    stream: Stream, rules: Rules, folder: Path, *, fork: bool = False
+) -> tuple[Session, list[Checkpoint]]:
     """Creates the run or takes it over, with what the newest checkpoint remembers; all checkpoints.
 
-    Raises `CheckpointError` if there are some of a run that the server does not know, `ForeignRun` if it
-    holds another.
+    `fork`: a new lineage goes on from the newest checkpoint, under `rules`, whatever those of the run were.
+    Raises `CheckpointError` if there are some of a run that the server does not know, or nothing to fork,
+    `ForeignRun` if it holds another, `SettingsMismatch` for other rules without a fork.
     """
     found = complete(folder)
     if found and not stream.patiently(lambda: stream.redis.exists(stream.key("state"))):
@@ -38,9 +43,30 @@ def join(stream: Stream, rules: Rules, folder: Path) -> tuple[Session, list[Chec
             f"{folder} holds checkpoints of a run that the Redis does not know: it was wiped or is another; "
             "move the folder away for a new run, or give it another name"
         )
-    session = Session.join(stream, rules, memory=bytes(found[0].state.memory) if found else b"")
+    standing = _rules_of(stream) if fork else rules
+    if standing.shards != rules.shards:
+        raise CheckpointError(
+            f"stream.shards: got {rules.shards}, run {stream.run} has {standing.shards}, and payloads stay "
+            "where they are: give it its own again"
+        )
+    session = Session.join(stream, standing, memory=bytes(found[0].state.memory) if found else b"")
     remove_unfinished(folder)
+    if fork:
+        at = min(found[0].version if found else 0, session.version)
+        log.warning("a new lineage from version %d, undoing %d steps: asked for", at, session.version - at)
+        session.fork(at, "asked for", rules)
     return session, found
+
+
+def _rules_of(stream: Stream) -> Rules:
+    """The rules that a run has. Raises `CheckpointError` if there is none."""
+    try:
+        state = stream.call(Snapshot()).state
+    except NoRun as error:
+        raise CheckpointError(f"--fork: {error}; leave it out for a new run") from error
+    return Rules(
+        **{name: state[name] if name == "policy" else int(state[name]) for name in Rules.__struct_fields__}
+    )
 
 
 class Restore:

@@ -38,6 +38,8 @@ class RealSettings(msgspec.Struct, kw_only=True):
     """The run's folder, with its `config.json`."""
     full_after: int = 0
     """Checkpoints after which the disk is full; 0: never."""
+    fork: bool = False
+    """Whether it goes on in a new lineage."""
 
 
 class RealTrial(Trial):
@@ -65,7 +67,13 @@ class RealTrial(Trial):
             "weightsync": {"timeout_s": 1.0},
             "stream": msgspec.to_builtins(self.config),
         }
-        config = msgspec.convert(tree, RunConfig)
+        self._tree = tree
+        self.configure()
+
+    def configure(self, **settings: Any) -> None:
+        """Writes `config.json`, with other settings of `[stream]` from now on."""
+        self._tree["stream"] |= settings
+        config = msgspec.convert(self._tree, RunConfig)
         (self.files / "config.json").write_bytes(msgspec.json.encode(config))
 
     def learner(self, *, fault: str = "", url: str = "", **settings: Any) -> Process:

@@ -147,6 +147,28 @@ def test_row_18_the_disk_is_full(real_trial: Callable[..., RealTrial], unfaulted
     run.finish()
 
 
+def test_a_run_that_is_over_goes_on_under_other_settings_by_a_fork(
+    real_trial: Callable[..., RealTrial],
+) -> None:
+    """Without one it is refused by name; with one it goes on from its last version to the new last step."""
+    run = real_trial(eta=1, max_steps=3)
+    first = run.learner()
+    run.actor().wait(0)
+    first.wait(0)
+    run.configure(max_steps=5, groups_per_step=3)
+    run.learner().wait(2)
+    said = (run.folder / "logs/learner-1.text").read_text()
+    assert "stream.groups_per_step: this run has 2, the learner asks for 3" in said
+    run.learner(fork=True)
+    run.actor().wait(0)
+    run.learners[-1].wait(0)
+    assert run.learners[-1].events("restored")[0]["version"] == 3
+    assert [len(one["groups"]) for one in run.trained()] == [2, 2, 2, 3, 3]
+    ledger = run.check()
+    assert (ledger.number("lineage"), ledger.number("version"), ledger.number("max_steps")) == (1, 5, 5)
+    assert run.versions().keys() == set(range(6))
+
+
 def test_payloads_that_are_gone_are_undone_by_a_fork(real_trial: Callable[..., RealTrial]) -> None:
     """A step that cannot be trained again is undone with all that came after; the run goes on from there."""
     run = real_trial(eta=1, max_steps=STEPS, checkpoint={"every": 4}, uncovered_max=4)

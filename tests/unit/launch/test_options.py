@@ -13,7 +13,7 @@ from launch.cli import build_parser, main
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
     "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
-    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
+    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet", "--fork"],
     "actors": ["--count", "--run", "--redis"],
     "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
