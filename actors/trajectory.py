@@ -128,7 +128,7 @@ def _runs(mask: list[bool]) -> list[int]:
     """
     runs: list[int] = []
     for value in mask:
-        while len(runs) % 2 != value:
+        while not runs or len(runs) % 2 != value:
             runs.append(0)
         runs[-1] += 1
     return runs

@@ -69,6 +69,20 @@ class Rules(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         return msgspec.convert([state[name] for name in cls.__struct_fields__], cls, strict=False)
 
 
+FIELDS = {
+    "batch": "groups_per_step",
+    "eta": "max_staleness",
+    "lease_ms": "lease_s",
+    "attempts_max": "attempts",
+    "policy": "late",
+    "cap": "oversample",
+    "lease_max_ms": "lease_max_s",
+    "bytes_limit": "payload_mib",
+    "dynamic": "dynamic_sampling",
+}
+"""Rules that are not called as their field in `buffer.config.StreamConfig` is."""
+
+
 class Joined(msgspec.Struct, array_like=True, frozen=True):
     """Answer of the joins: the epoch to write under, and where the run stands."""
 

@@ -121,7 +121,10 @@ class Learner:
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
         if left_out:
-            log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
+            log.warning(
+                "%d prompts are shorter or longer than data.min_ and max_prompt_tokens allow: left out",
+                left_out,
+            )
         session, found = self._join()
         rules = Rules.of(settings.stream)
         restore = Restore(session, found, self._start, settings.checkpoint, rules, self._fork)
@@ -314,8 +317,10 @@ def follow(settings: Settings, url: str) -> None:
 
 
 def main() -> int:
-    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is. With torchrun's variables
-    in the environment, one rank of several."""
+    """Entry point: `python -m learner.worker --folder DIR [--fork VERSION]`, where `config.json` is.
+
+    With torchrun's variables in the environment, one rank of several.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--fork", type=int)

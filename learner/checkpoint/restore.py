@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from buffer.client import Stream
 from buffer.errors import SettingsMismatch
 from buffer.ledger import Snapshot
-from buffer.members import Rules
+from buffer.members import FIELDS, Rules
 from buffer.session import Session
 from learner.checkpoint.folder import Checkpoint, complete, oldest_kept, remove, remove_unfinished, set_aside
 from learner.config import CheckpointConfig
@@ -81,7 +81,10 @@ def _forkable(stream: Stream, wanted: Rules) -> Rules:
                 if name in _FIXED
                 else f"the actors {', '.join(alive)} go by it: stop them first (launch scale actors 0)"
             )
-            raise SettingsMismatch(f"{name}: this run has {was}, the learner asks for {asked}; {remedy}")
+            field = FIELDS.get(name, name)
+            raise SettingsMismatch(
+                f"stream.{field}: this run has {was}, the learner asks for {asked}; {remedy}"
+            )
     return held
 
 

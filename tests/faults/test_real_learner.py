@@ -180,8 +180,10 @@ def test_a_run_that_ended_is_prolonged_under_other_rules_by_a_fork(
     run.change(max_steps=8, max_staleness=2, groups_per_step=2 * run.config.groups_per_step)
     refused = run.learner()
     refused.wait(FAILED)
-    assert "the learner asks for" in refused.events("stopped")[0]["reason"]
-    assert "only a fork changes it" in refused.events("stopped")[0]["reason"]
+    assert (
+        "stream.groups_per_step: this run has 2, the learner asks for 4"
+        in (refused.events("stopped")[0]["reason"])
+    )
     forked = run.learner(fork=NEWEST)
     until(lambda: bool(forked.events("restored")), 40, "it goes on, and the run is no longer over for actors")
     run.actor()
@@ -203,11 +205,11 @@ def test_a_fork_goes_back_to_the_version_that_is_asked_for(real_trial: Callable[
     size = run.config.group_size
     for fork, change, said in [
         (3, {}, "--fork: got version 3, there are checkpoints of ["),
-        (2, {"shards": 2}, "shards: this run has 0, the learner asks for 2; no fork changes it"),
+        (2, {"shards": 2}, "stream.shards: this run has 0, the learner asks for 2; no fork changes it"),
         (
             2,
             {"group_size": 5},
-            f"group_size: this run has {size}, the learner asks for 5; the actors actor-0",
+            f"stream.group_size: this run has {size}, the learner asks for 5; the actors actor-0",
         ),
     ]:
         kept = run.config
