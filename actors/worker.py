@@ -194,7 +194,7 @@ class Actor:
                 plenty = False
                 if lease.reason in ("no-weights", "old-weights"):
                     await weights.say_again()
-                if not self._slots.full:
+                if not self._slots.full:  # else what becomes free is for those that could begin at once
                     await self._stream.take(self._stream.key("places"), _WAIT_S)
 
     async def _admit(self) -> Lease:
