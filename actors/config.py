@@ -189,7 +189,7 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
 
     concurrency: Count = 4
     """Groups an actor generates at a time; with `adaptive`, at first. As many more may be being scored and
-    handed in meanwhile."""
+    handed in meanwhile, and one lease waits for a place, unless `stream.max_staleness` is 0."""
     adaptive: AdaptiveConfig | None = None
     """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()
