@@ -1,7 +1,7 @@
 """Pulling ranges over TCP from the learner, or from any agent that holds the version.
 
-Chunk after chunk over one connection; what was verified stays, so a pull goes on where it broke off, also
-from another holder.
+One request for all that is missing in a row; what was verified stays, so a pull goes on where it broke off,
+also from another holder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import http.client
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from itertools import groupby
 from urllib.parse import urlsplit
 
 from weightsync.errors import SourceError
@@ -36,14 +37,18 @@ class Peer:
             return ask(connection, source, f"/{version}/manifest")
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
-        """Every missing chunk as a range of the holder's image."""
+        """The missing chunks as ranges of the holder's image."""
         with connected(source, self._timeout_s) as connection:
-            for number in staging.missing():
-                chunk = staging.manifest.chunks[number]
-                wanted = {"Range": f"bytes={chunk.offset}-{chunk.offset + chunk.size - 1}"}
-                with staging.room(number) as room:
-                    _read(connection, source, f"/{version}/data", wanted, room)
-                staging.keep(number)
+            for run in _runs(staging.missing()):
+                first, last = staging.manifest.chunks[run[0]], staging.manifest.chunks[run[-1]]
+                wanted = {"Range": f"bytes={first.offset}-{last.offset + last.size - 1}"}
+                path = f"/{version}/data"
+                response = _answer(connection, source, path, wanted, HTTPStatus.PARTIAL_CONTENT)
+                for number in run:
+                    with staging.room(number) as room:
+                        _read(response, source, room)
+                    staging.keep(number)
+                response.read()
 
 
 @contextmanager
@@ -82,19 +87,23 @@ def _answer(
     return response
 
 
-def _read(
-    connection: http.client.HTTPConnection,
-    source: Source,
-    path: str,
-    headers: dict[str, str],
-    room: memoryview,
-) -> None:
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Numbers in order, those in a row together.
+
+    >>> _runs([0, 1, 2, 5, 7, 8])
+    [[0, 1, 2], [5], [7, 8]]
+    """
+    rows = groupby(enumerate(numbers), lambda place: place[1] - place[0])
+    return [[number for _, number in row] for _, row in rows]
+
+
+def _read(response: http.client.HTTPResponse, source: Source, room: memoryview) -> None:
     """Reads exactly what there is room for."""
-    response = _answer(connection, source, path, headers, HTTPStatus.PARTIAL_CONTENT)
     filled = 0
     while filled < len(room):
         count = response.readinto(room[filled:])
         if not count:
-            raise SourceError(f"peer: {source.address}: broke off after {filled} of {len(room)} bytes")
+            raise SourceError(
+                f"peer: {source.address}: broke off after {filled} of {len(room)} bytes; its holder is gone or slow"
+            )
         filled += count
-    response.read()
