@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, chunk_ranges, populate, write_all
 from weightsync.manifest import Manifest, encode_manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -88,10 +88,11 @@ def save(root: Path, manifest: Manifest, image: Image, keep: int) -> Source:
     part.mkdir(parents=True)
     (part / _MANIFEST).write_bytes(encode_manifest(manifest))
     with (part / _WEIGHTS).open("wb", buffering=0) as file:
-        file.write(header_of(manifest))
-        sent = 0
-        while sent < image.size:  # from memory file to file: nothing is mapped
-            sent += os.sendfile(file.fileno(), image.descriptor, sent, image.size - sent)
+        start = file.write(header_of(manifest))
+        mapping = image.readable()
+        for offset, size in chunk_ranges(image.size):
+            populate(mapping, offset, size)
+            write_all(file.fileno(), start + offset, memoryview(mapping)[offset : offset + size])
         os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -7,7 +7,7 @@ also from another holder.
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from itertools import groupby
@@ -70,6 +70,19 @@ def ask(connection: http.client.HTTPConnection, source: Source, path: str) -> by
     return _answer(connection, source, path, {}, HTTPStatus.OK).read()
 
 
+def answers(connection: http.client.HTTPConnection, source: Source, paths: Iterable[str]) -> Iterator[bytes]:
+    """The answers to requests, in order; while one is used, the next is on its way."""
+    left = iter(paths)
+    path = next(left, None)
+    if path is not None:
+        _request(connection, source, path)
+    while path is not None:
+        answer, path = _response(connection, source, path, HTTPStatus.OK).read(), next(left, None)
+        if path is not None:
+            _request(connection, source, path)
+        yield answer
+
+
 def _answer(
     connection: http.client.HTTPConnection,
     source: Source,
@@ -77,7 +90,17 @@ def _answer(
     headers: dict[str, str],
     expected: HTTPStatus,
 ) -> http.client.HTTPResponse:
+    _request(connection, source, path, **headers)
+    return _response(connection, source, path, expected)
+
+
+def _request(connection: http.client.HTTPConnection, source: Source, path: str, **headers: str) -> None:
     connection.request("GET", path, headers={"Authorization": f"Bearer {source.token}", **headers})
+
+
+def _response(
+    connection: http.client.HTTPConnection, source: Source, path: str, expected: HTTPStatus
+) -> http.client.HTTPResponse:
     response = connection.getresponse()
     if response.status != expected:
         raise SourceError(
@@ -104,6 +127,7 @@ def _read(response: http.client.HTTPResponse, source: Source, room: memoryview) 
         count = response.readinto(room[filled:])
         if not count:
             raise SourceError(
-                f"peer: {source.address}: broke off after {filled} of {len(room)} bytes; its holder is gone or slow"
+                f"peer: {source.address}: broke off after {filled} of {len(room)} bytes; "
+                "its holder is gone or slow"
             )
         filled += count
