@@ -9,7 +9,7 @@ requests, with its group already made.
 
 | way | what is timed | its floor |
 |---|---|---|
-| export | tensors -> sealed image, digests of its chunks (the learner's thread) | memcpy of them into new memory |
+| export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them into new memory |
 | shm | open, verify every chunk, by two threads | one pass of xxh3-128 over the image, newly mapped |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
