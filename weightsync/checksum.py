@@ -58,7 +58,12 @@ def verify(manifest: Manifest, image: torch.Tensor) -> None:
 
 
 def _alike(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """The chunks in order, those of one size together."""
+    """The chunks in order, those of one size together, `_TOGETHER` at most.
+
+    >>> sizes = [_TOGETHER // 2, _TOGETHER // 2, _TOGETHER // 2, 3]
+    >>> [len(run) for run in _alike([Chunk(0, size, "") for size in sizes])]
+    [2, 1, 1]
+    """
     runs = [[chunks[0]]]
     for chunk in chunks[1:]:
         full = (len(runs[-1]) + 1) * chunk.size > _TOGETHER
