@@ -67,7 +67,7 @@ def _alike(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     runs = [[chunks[0]]]
     for chunk in chunks[1:]:
         full = (len(runs[-1]) + 1) * chunk.size > _TOGETHER
-        if chunk.size == runs[-1][0].size and not full and chunk.size % _WORD == 0:
+        if chunk.size == runs[-1][0].size and not full:
             runs[-1].append(chunk)
         else:
             runs.append([chunk])
