@@ -188,6 +188,21 @@ def test_a_folder_is_a_safetensors_checkpoint_and_keeps_the_newest(tmp_path: Pat
         assert torch.equal(found[name], tensor), name
 
 
+def test_a_folder_whose_disk_fails_on_the_way_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed write once: here it is told before the end."""
+    image, manifest = version(4)
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path, manifest, image, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [".00000004-1.part"]
+
+
 def test_a_folder_that_ends_too_early_is_damaged(tmp_path: Path) -> None:
     image, manifest = version(4)
     source = save(tmp_path, manifest, image, 2)
