@@ -2,8 +2,8 @@
 
     python -m benchmarks.weightsync_experts [--json] [--quick]
 
-One real SGLang server on the CPU with the shape of Qwen3-Next: four layers, 512 experts in each, small
-widths. What costs is the number of tensors: 6,144 of experts, where Qwen3-Next-80B has 73,728. They go in by
+One real SGLang server on the CPU with the shape of Qwen3-Next: two layers, 512 experts in each, small
+widths. What costs is the number of tensors: 3,072 of experts, where Qwen3-Next-80B has 73,728. They go in by
 
 | way | how |
 |---|---|
