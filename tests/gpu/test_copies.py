@@ -1,4 +1,4 @@
-"""Joined copies fill an engine's stacked experts, from the GPU's memory and from the host's, cast on the way."""
+"""Joined copies fill an engine's stacked experts, from the GPU's memory and from the host's, cast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": 
 
 
 class Stacked(torch.nn.Module):
-    """The experts of a layer as an engine keeps them, in bf16: gate and up in one tensor, all experts in it."""
+    """The experts of a layer as an engine keeps them, in bf16: gate and up in one tensor, and all experts."""
 
     def __init__(self) -> None:
         super().__init__()
