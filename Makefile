@@ -7,7 +7,7 @@
 #   make test-sglang  the engine's tests with a newer SGLang (SGLANG=0.5.23) beside the pinned one
 #   make test-verifiers  the tests of environments of the package verifiers, which is put beside the rest
 #   make nightly    the replay stream's state machine, at length
-#   make bench      the benchmarks of the replay stream and of packing  (about 12 minutes on an idle machine)
+#   make bench      the benchmarks of the replay stream, packing and rollouts  (about 12 minutes on an idle machine)
 #   make rehearse   both commands in a fresh clone and a fresh environment
 # TORCH_INDEX=URL   package index for torch, where the default one would bring CUDA builds
 # PYTHON=python3.12 another interpreter
@@ -84,6 +84,7 @@ bench: $(VENV)/bench/.ready
 	$(VENV)/bin/python -m benchmarks.admission --json
 	$(VENV)/bin/python -m benchmarks.late_policies --plot docs/late_policies.png --json
 	$(VENV)/bin/python -m benchmarks.packing --json
+	$(VENV)/bin/python -m benchmarks.rollout --json
 	$(VENV)/bin/python -m benchmarks.learner_step --json
 	$(VENV)/bin/python -m benchmarks.scale_out --json
 

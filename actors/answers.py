@@ -11,8 +11,13 @@ import pybase64
 
 from actors.errors import EngineError
 
-Entry = tuple[float | None, int, str | None]
-"""SGLang's log-probability of one token: value, token id, text (always absent here)."""
+
+class Entry(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """SGLang's log-probability of one token; its text, which comes third, is always absent here."""
+
+    value: float | None
+    """None: not computed, or no number."""
+    token: int
 
 
 class Finish(msgspec.Struct):

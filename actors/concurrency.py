@@ -30,16 +30,19 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Slots:
-    """Places for groups in flight: `limit` for those being generated, and as many again for groups that are
-    generated and being scored or handed in, so that the engine goes on meanwhile.
+    """Places for groups in flight: `limit` for those being generated, as many again for groups that are
+    generated and being scored or handed in, so that the engine goes on meanwhile, and one for a lease in
+    advance, so that it goes on at once.
 
     `limit` may change; places above a lower one are not taken away. Lifecycle of a place: `acquire`, which
-    waits for one, `Place.generated`, `Place.release`.
+    waits for one, `Place.begin`, which waits for the engine, `Place.generated`, `Place.release`.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._freed = limit, asyncio.Event()
         self._short = False
+        self.ahead = 0
+        """Groups that have not begun."""
         self.taken = 0
         """Groups being generated, at times more than `limit`."""
         self.behind = 0
@@ -55,45 +58,67 @@ class Slots:
         self._limit = value
         self._freed.set()
 
-    async def acquire(self) -> Place:
-        """Takes a place, once there is one."""
-        while self._full() or self.taken + self.behind >= 2 * self._limit:
-            self._short = self._short or self._full()
-            self._freed.clear()
-            await self._freed.wait()
-        self.taken += 1
+    @property
+    def full(self) -> bool:
+        """Whether one more group would have to wait for the engine."""
+        return self.ahead + self.taken >= self._limit
+
+    async def acquire(self, *, advance: bool = False) -> Place:
+        """Takes a place, once there is one; with `advance` one group may have to wait for the engine."""
+        while (
+            self.ahead + self.taken >= self._limit + advance
+            or self.ahead + self.taken + self.behind >= 2 * self._limit + advance
+        ):
+            self._short = self._short or self.taken >= self._limit
+            await self._change()
+        self.ahead += 1
         return Place(self)
 
-    def moved(self, *, taken: int, behind: int) -> None:
+    async def room(self) -> None:
+        """Waits until a group that has a place may begin."""
+        while self.taken >= self._limit:
+            await self._change()
+
+    def moved(self, *, ahead: int = 0, taken: int = 0, behind: int = 0) -> None:
         """Changes the counts; `Place` calls it."""
+        self.ahead += ahead
         self.taken += taken
         self.behind += behind
         self._freed.set()
 
     def was_short(self) -> bool:
         """Whether anybody had to wait for the engine since this was asked last."""
-        short, self._short = self._short or self._full(), False
+        short, self._short = self._short or self.taken >= self._limit, False
         return short
 
-    def _full(self) -> bool:
-        return self.taken >= self._limit
+    async def _change(self) -> None:
+        self._freed.clear()
+        await self._freed.wait()
 
 
 class Place:
     """One group's place. Made by `Slots.acquire`."""
 
     def __init__(self, slots: Slots) -> None:
-        self._slots, self._behind = slots, False
+        self._slots, self._among = slots, "ahead"
+
+    async def begin(self) -> None:
+        """Waits until the group may be generated."""
+        await self._slots.room()
+        self._go("taken")
 
     def generated(self) -> None:
         """The engine has no more to do for the group: another one may be generated."""
-        if not self._behind:
-            self._behind = True
-            self._slots.moved(taken=-1, behind=1)
+        if self._among == "taken":
+            self._go("behind")
 
     def release(self) -> None:
-        """Gives the place back, generated or not. Once, and the last call."""
-        self._slots.moved(taken=0 if self._behind else -1, behind=-1 if self._behind else 0)
+        """Gives the place back, wherever the group is. Once, and the last call."""
+        self._slots.moved(**{self._among: -1})
+
+    def _go(self, to: str) -> None:
+        self._slots.moved(**{self._among: -1, to: 1})
+        self._among = to
 
 
 def next_limit(limit: int, load: Load, config: AdaptiveConfig, *, short: bool, group_size: int) -> int:

@@ -15,6 +15,21 @@ IN_PLACE = (
 )
 """Why one of SGLang's ways to pause is not taken."""
 
+OURS = {
+    "config": "SGLang takes one file, which is that of its keys; name the options here one by one",
+    "host": "the server listens on loopback, since its key amounts to running code there",
+    "port": "the actor chooses a free one",
+    "api-key": "the actor makes a new one for each server",
+    "admin-api-key": "the actor makes a new one for each server",
+    "model-path": "the model is the run's, model.path",
+    "load-format": "weights come from the learner",
+    "custom-weight-loader": "it is how weights come from the learner",
+    "skip-tokenizer-init": "tokens go in and come out as ids",
+}
+"""Options of SGLang's server that only an actor can say, and why."""
+SPECULATION = "speculative-"
+"""How SGLang's options of speculative decoding begin."""
+
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 """The values of the sampling filters that leave the model's distribution as it is."""
 
@@ -45,19 +60,22 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
     """Seconds for a new version, and before that for the samples under way to be ended or finished."""
     server_args: dict[str, str | int | float | bool] = {}
     """More options of SGLang's server by their long names, such as `{"tp-size" = 4}`; `true` gives the
-    bare flag. They win over ours."""
+    bare flag. They win over ours, but for those that would cut the engine off from its actor."""
 
     def __post_init__(self) -> None:
-        """Refuse pauses that falsify records, and a second file of options. Raises `ValueError`; msgspec
-        adds the path.
+        """Refuse pauses that falsify records, and options that are not the user's to choose. Raises
+        `ValueError`; msgspec adds the path.
         """
         if self.pause == "in_place":
             raise ValueError(f"pause: got 'in_place': {IN_PLACE}; set abort, finish or retract")
-        if "config" in self.server_args:
-            raise ValueError(
-                "server_args: got 'config', and SGLang takes one file, which is that of its keys; name the "
-                "options here one by one"
-            )
+        for name in self.server_args:
+            if why := OURS.get(name):
+                raise ValueError(f"server_args: got {name!r}, and {why}; remove it")
+            if name.startswith(SPECULATION):
+                raise ValueError(
+                    f"server_args: got {name!r}, but weights of a draft, multi-token prediction too, are not "
+                    "sent to engines; remove it"
+                )
 
 
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
@@ -171,7 +189,7 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
 
     concurrency: Count = 4
     """Groups an actor generates at a time; with `adaptive`, at first. As many more may be being scored and
-    handed in meanwhile."""
+    handed in meanwhile, and one lease waits for a place, unless `stream.max_staleness` is 0."""
     adaptive: AdaptiveConfig | None = None
     """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()

@@ -159,7 +159,7 @@ class Engine:
             answers = await self._generate(asked, parameters[: len(asked)], logprob_start_len=0)
             for index, answer in zip(missing, answers, strict=True):
                 if answer.meta_info.finish_reason.type != "abort":
-                    found = [value for value, *_ in answer.meta_info.input_token_logprobs[1:]]
+                    found = [entry.value for entry in answer.meta_info.input_token_logprobs[1:]]
                     scores[index] = np.array(found, np.float32)
         return [scores[index] for index in range(len(sequences))]
 
@@ -358,8 +358,8 @@ class Engine:
         """The answer as a part of a completion, after checking that it is whole."""
         meta = answer.meta_info
         reason, logprobs = meta.finish_reason.type, meta.output_token_logprobs
-        values = [value for value, *_ in logprobs if value is not None]
-        if [token for _, token, _ in logprobs] != answer.output_ids or len(values) != len(logprobs):
+        values = [entry.value for entry in logprobs if entry.value is not None]
+        if [entry.token for entry in logprobs] != answer.output_ids or len(values) != len(logprobs):
             raise EngineError(
                 f"engine {self._calls.name}: got {len(values)} log-probabilities, "
                 f"expected those of the answer's {len(answer.output_ids)}"

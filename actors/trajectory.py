@@ -12,6 +12,7 @@ Worked example: prompt ``[5, 6]``, the policy's ``[7, 8]`` by version 3, a tool'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -70,10 +71,10 @@ def lay_out(prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
     assert last.completion is not None
     awards = [turn.reward for turn in turns if turn.reward is not None]
     return Trajectory(
-        tokens=[*prompt, *opening, *(token for turn in answer for token in turn.tokens)],
+        tokens=[*prompt, *opening, *chain.from_iterable(turn.tokens for turn in answer)],
         prompt_length=len(prompt) + len(opening),
-        logprobs=[value for turn in answer for value in _logprobs(turn)],
-        loss_runs=_runs([turn.completion is not None for turn in answer for _ in turn.tokens]),
+        logprobs=list(chain.from_iterable(map(_logprobs, answer))),
+        loss_runs=_runs([(turn.completion is not None, len(turn.tokens)) for turn in answer]),
         labels=_labels(answer),
         finish_reason=last.completion.finish_reason,
         final=last.tokens,
@@ -120,17 +121,18 @@ def _routed(length: int, turns: Sequence[Turn]) -> np.ndarray | None:
     return np.concatenate(parts) if parts else None
 
 
-def _runs(mask: list[bool]) -> list[int]:
-    """Run lengths, alternating, the first of True.
+def _runs(parts: Sequence[tuple[bool, int]]) -> list[int]:
+    """Run lengths, alternating, the first of True, of parts that are all True or all False.
 
-    >>> _runs([True, True, False, True]), _runs([False, True]), _runs([])
-    ([2, 1, 1], [0, 1, 1], [])
+    >>> _runs([(True, 2), (False, 1), (True, 1)]), _runs([(False, 1), (True, 0), (False, 1)]), _runs([])
+    ([2, 1, 1], [0, 2], [])
     """
     runs: list[int] = []
-    for value in mask:
-        while len(runs) % 2 != value:
-            runs.append(0)
-        runs[-1] += 1
+    for value, length in parts:
+        if length:
+            while not runs or len(runs) % 2 != value:
+                runs.append(0)
+            runs[-1] += length
     return runs
 
 

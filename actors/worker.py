@@ -2,7 +2,7 @@
 
 It needs nothing but the URL: configuration, model config and tokenizer come through Redis. The engine
 starts with dummy weights and gets no lease before it has been given a committed version. SIGTERM
-drains: groups in flight are finished, other leases handed back. If the engine fails, its process
+drains: groups that have begun are finished, other leases handed back. If the engine fails, its process
 group is killed, and the actor joins again with a new one under a new epoch. While Redis does not answer
 it asks for nothing new and keeps what is in flight; if Redis comes back older, it joins again.
 """
@@ -28,11 +28,11 @@ import msgspec
 import uvloop
 
 from actors.concurrency import Place, Slots, adapt
-from actors.config import EngineConfig, Objective, RolloutConfig
 from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
 from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
+from actors.fetch import Settings, fetch_run
 from actors.gate import Gate
 from actors.publish import BACK_OFF_S, publish, teaches_nothing
 from actors.rewards.pool import RewardPool
@@ -41,12 +41,10 @@ from actors.utilisation import Utilisation
 from actors.weights import WeightWorker
 from buffer.admission import Admit, Drop, Lease
 from buffer.client import AsyncStream
-from buffer.config import StreamConfig
 from buffer.difficulty import note
 from buffer.errors import Fenced, ForeignRun, NoRun, RedisFull, StreamError
 from buffer.members import Heartbeat, JoinActor, Leave
 from buffer.schema import Group
-from weightsync.config import WeightSyncConfig
 from weightsync.errors import WeightSyncError
 from weightsync.holder import Holder
 from weightsync.route import address_towards
@@ -60,17 +58,6 @@ _DRAIN_S = 20.0
 _RESTARTS = 5
 
 
-class Settings(msgspec.Struct, frozen=True):
-    """The part of the run's configuration that concerns an actor."""
-
-    seed: int
-    stream: StreamConfig
-    rollout: RolloutConfig
-    engine: EngineConfig
-    weightsync: WeightSyncConfig = WeightSyncConfig()
-    objective: Objective = Objective()
-
-
 class Actor:
     """One engine's life: from joining until the run ends, a stop, or the engine's failure."""
 
@@ -78,6 +65,8 @@ class Actor:
         self._stream, self._name, self._settings = stream, name, settings
         self._model, self._logs = model, logs
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ahead: set[str] = set()
+        """Tokens whose groups have not begun."""
         self._publishing: set[str] = set()
         """Tokens whose groups are being handed in: the answer to that says what became of the lease."""
         self._slots = Slots(settings.rollout.concurrency)
@@ -185,21 +174,28 @@ class Actor:
             self._use.note(leases=len(self._tasks), requests=requests, updating=updating)
 
     async def _lease(self, engine: Engine, weights: WeightWorker) -> None:
-        """Keeps `concurrency` groups in flight, until one fails for a reason that others would fail for."""
-        recipe = self._recipe()
+        """Keeps `concurrency` groups in flight, until one fails for a reason that others would fail for.
+
+        One more lease is taken in advance, so that the engine does not wait for it when a group ends; but not
+        where leases are short, as it would wait here while another engine is idle.
+        """
+        recipe, plenty = self._recipe(), False
         while True:
-            place = await self._slots.acquire()
+            place = await self._slots.acquire(advance=plenty)
             if self._failed.done():
                 return
             lease = await self._admit()
             if lease.status == "lease":
                 self._tasks[lease.token] = asyncio.create_task(self._work(engine, lease, recipe, place))
                 self._clock()
+                plenty = self._settings.stream.max_staleness > 0
             else:
                 place.release()
+                plenty = False
                 if lease.reason in ("no-weights", "old-weights"):
                     await weights.say_again()
-                await self._stream.take(self._stream.key("places"), _WAIT_S)
+                if not self._slots.full:  # else what becomes free is for those that could begin at once
+                    await self._stream.take(self._stream.key("places"), _WAIT_S)
 
     async def _admit(self) -> Lease:
         """One lease, or the reason to wait; a server that is full is asked again."""
@@ -229,8 +225,11 @@ class Actor:
     async def _work(self, engine: Engine, lease: Lease, recipe: Recipe, place: Place) -> None:
         """One lease to its end: published, or handed back with the reason."""
         reason = "released"
+        self._ahead.add(lease.token)
         try:
             await self._serves(lease.version)
+            await place.begin()
+            self._ahead.discard(lease.token)
             group = await rollout(engine, lease, recipe, place.generated)
             if missing := recipe.group_size - len(group.samples):
                 log.warning(
@@ -267,6 +266,7 @@ class Actor:
                 self._failed.set_exception(error)
         finally:
             del self._tasks[lease.token]
+            self._ahead.discard(lease.token)
             self._publishing.discard(lease.token)
             place.release()
             self._clock()
@@ -312,11 +312,17 @@ class Actor:
         self._changed.set()
 
     async def _drain(self) -> None:
-        """Finishes what is in flight within the deadline; what is left goes back to the queue."""
+        """Hands back what has not begun, and finishes the rest within the deadline; what is left then goes
+        back to the queue, too."""
+        unused = list(self._ahead)
+        await _cancel(*(self._tasks[token] for token in unused))
+        for token in unused:
+            await self._stream.call(Drop(self._name, self.epoch, token, "released"))
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=_DRAIN_S)
         left = await self._stream.call(Leave("actor", self._name, self.epoch))
-        log.info("left: %d groups published, %d leases handed back", self._published, left.released)
+        returned = len(unused) + left.released
+        log.info("left: %d groups published, %d leases handed back", self._published, returned)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
@@ -324,23 +330,6 @@ async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def fetch_run(stream: AsyncStream, folder: Path, stop: asyncio.Event) -> Settings | None:
-    """Waits for the run's configuration and model files; None if `stop` was set first."""
-    told = False
-    while not stop.is_set():
-        config = await stream.redis.get(stream.key("config"))
-        files: dict[Any, Any] = await stream.redis.hgetall(stream.key("files"))
-        if config and files:
-            for name, content in files.items():
-                (folder / name.decode()).write_bytes(content)
-            return msgspec.json.decode(config, type=Settings)
-        if not told:
-            log.info("waiting for the learner of run %s", stream.run)
-            told = True
-        await asyncio.sleep(0.5)
-    return None
 
 
 async def run_actor(url: str, run: str, name: str, logs: Path) -> None:

@@ -3,12 +3,14 @@
 `python -m benchmarks.weightsync --json`; sizes by `--mib`. The learner's side is a process of its own,
 as in a run, this one is the agent. Every figure is the median of several rounds, each into memory that
 was never used before, which on most machines costs more than the copy; the floors pay the same. A way and
-its floor take turns, so that whatever else the machine does slows both.
+its floor take turns, so that whatever else the machine does slows both. A floor brings the same bytes to the
+same kind of memory in the simplest loop, in one thread but for a sender's, without digests, chunks or
+requests, with its group already made.
 
 | way | what is timed | its floor |
 |---|---|---|
-| export | tensors -> sealed image with its chunks' digests (the learner's thread) | memcpy into new memory |
-| shm | open, verify every chunk, by two threads | one pass of xxh3-128 over what is mapped already |
+| export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them into new memory |
+| shm | open, verify every chunk, by two threads | one pass of xxh3-128 over the image, newly mapped |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
 | delta | pull what a step changed, apply, verify; making it is timed apart | memcpy into new memory |
@@ -33,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -104,8 +106,8 @@ def hold(mib: int, rounds: int) -> None:
     began = time.perf_counter()
     found = deltas(manifest, parent, image)
     delta_s = time.perf_counter() - began
-    data = memoryview(image.readable())
-    exporting = median_s(rounds, lambda: write_image(named, new)[0], lambda: memcpy(data))
+    parts = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in new.values()]
+    exporting = median_s(rounds, lambda: write_image(named, new)[0], lambda: memcpy(parts))
     held = holder.keep(manifest, image, found)
     size = sum(map(len, held.delta))
     sources = [*holder.sources(before.label)[:1], *holder.sources(manifest.label)]
@@ -135,10 +137,12 @@ def staged(transport: Transport, source: Source, manifest: Manifest, parent: Ima
     return staging.finish()
 
 
-def memcpy(data: memoryview) -> Image:
-    """The floor of everything that makes an image: one write into new memory."""
-    image = Image.allocate(len(data))
-    image.write(0, data)
+def memcpy(parts: Sequence[memoryview]) -> Image:
+    """The floor of everything that makes an image: its parts written into new memory."""
+    image, offset = Image.allocate(sum(map(len, parts))), 0
+    for part in parts:
+        image.write(offset, part)
+        offset += len(part)
     return image
 
 
@@ -269,10 +273,10 @@ def _measure(
         found[way] = {"seconds": seconds, "floor": least}
 
     found["export"] = dict(zip(("seconds", "floor"), held.export_s, strict=True))
-    timed("shm", lambda: staged(Shm(), shm, manifest, None), lambda: xxhash.xxh3_128_digest(data))
+    timed("shm", lambda: staged(Shm(), shm, manifest, None), lambda: xxhash.xxh3_128_digest(image.readable()))
     timed("peer", lambda: staged(Peer(60), pull, manifest, None), lambda: socket_copy(image))
     timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"))
-    timed("delta", lambda: staged(Delta(60), changed, manifest, parent), lambda: memcpy(data))
+    timed("delta", lambda: staged(Delta(60), changed, manifest, parent), lambda: memcpy([data]))
     found["delta"] |= {"make_seconds": held.delta_s, "bytes_to_full": held.delta_bytes / manifest.size}
     tensors = {entry.name: _tensor(data, entry) for entry in manifest.tensors}
     with receiving() as group:

@@ -2,13 +2,14 @@
 
     python -m benchmarks.weightsync_experts [--json] [--quick]
 
-One real SGLang server on the CPU with the shape of Qwen3-Next: four layers, 512 experts in each, small
-widths. What costs is the number of tensors: 6,144 of experts, where Qwen3-Next-80B has 73,728. They go in by
+One real SGLang server on the CPU with the shape of Qwen3-Next: two layers, 512 experts in each, small
+widths. What costs is the number of tensors: 3,072 of experts, where Qwen3-Next-80B has 73,728. They go in by
 
 | way | how |
 |---|---|
 | plan | staged, then copied as the loader has seen it once: in the engine's own fused layout |
 | names | staged, then by SGLang's own loading of Hugging Face names |
+| bucket | SGLang's own `update_weights_from_distributed`, all tensors in one flattened bucket over gloo |
 
 Timed is the pause, from closing the engine's gate to opening it again.
 """
@@ -26,6 +27,7 @@ import torch
 from actors.config import EngineConfig
 from actors.engine import Engine
 from benchmarks.harness import parser, progress, report, table
+from benchmarks.weightsync_engine import meet, stock
 from launch.tiny_model import make_tiny
 from weightsync.holder import Held
 from weightsync.image import write_image
@@ -68,6 +70,13 @@ async def pauses(engine: Engine, tensors: Tensors, rounds: int) -> dict[str, lis
             found[loaded.way].append(loaded.pause_s)
             image.close()
             progress(f"{loaded.way}: {loaded.pause_s:.3f} s")
+    group = await meet(engine)
+    push, found["bucket"] = stock(engine, group), []
+    for number in range(rounds):
+        _, pause_s = await push(Manifest.of(2 * rounds + number, tensors), tensors)
+        found["bucket"].append(pause_s)
+        progress(f"bucket: {pause_s:.3f} s")
+    group.close()
     return found
 
 

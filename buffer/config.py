@@ -13,7 +13,7 @@ class RedisConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     """Where the stream lives."""
 
     url: str = ""
-    """URL of a running server; empty: `launch demo` and `launch redis` start a private one."""
+    """URL of the server for `launch learner`, where no option names one; `launch demo` starts its own."""
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     """Loopback port of a private server; 0 takes a free one."""
     appendfsync: Literal["always", "everysec"] = "always"

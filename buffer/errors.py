@@ -68,7 +68,7 @@ class LostSteps(StreamError):
 
 
 class SettingsMismatch(StreamError):
-    """The run exists with other settings; changing them needs a fork or another run name."""
+    """The run exists with other settings; only a fork changes them."""
 
 
 class SchemaMismatch(StreamError):

@@ -6,6 +6,7 @@ with LocalServer.start(Path("runs/demo/redis")) as server:
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from buffer.process import end_with_parent
 
 START_TIMEOUT_S = 20.0
 _PORT_TRIES = 5
+_PORTS = 20_000, 32_768
+"""From here on, below Linux's first port for outgoing connections."""
 
 
 class LocalServer:
@@ -172,10 +175,11 @@ def _major(path: str) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of 127.0.0.1 that is free now, and below those that outgoing connections are given: a server
+    that binds it seconds later would find one of these taken by anybody's client now and then."""
+    while not _is_free(port := secrets.choice(range(*_PORTS))):
+        pass
+    return port
 
 
 def _is_free(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
 from typing import Any, ClassVar
 
@@ -61,6 +62,25 @@ class Rules(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             dynamic=int(config.dynamic_sampling),
             shards=config.shards,
         )
+
+    @classmethod
+    def held(cls, state: Mapping[str, str]) -> Rules:
+        """The rules in a run's `buffer.ledger.Ledger.state`."""
+        return msgspec.convert([state[name] for name in cls.__struct_fields__], cls, strict=False)
+
+
+FIELDS = {
+    "batch": "groups_per_step",
+    "eta": "max_staleness",
+    "lease_ms": "lease_s",
+    "attempts_max": "attempts",
+    "policy": "late",
+    "cap": "oversample",
+    "lease_max_ms": "lease_max_s",
+    "bytes_limit": "payload_mib",
+    "dynamic": "dynamic_sampling",
+}
+"""Rules that are not called as their field in `buffer.config.StreamConfig` is."""
 
 
 class Joined(msgspec.Struct, array_like=True, frozen=True):

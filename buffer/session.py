@@ -23,9 +23,9 @@ import msgspec
 from buffer.batches import Assign, Assigned, Manifest, Strike, Struck
 from buffer.client import Call, Stream
 from buffer.connect import primaries
-from buffer.errors import Behind, Fenced, ForeignRun, NoRun
+from buffer.errors import Behind, Fenced, ForeignRun, NoRun, SettingsMismatch
 from buffer.ledger import Snapshot
-from buffer.members import Joined, JoinLearner, LearnerBeat, Leave, Rules, Standing
+from buffer.members import FIELDS, Joined, JoinLearner, LearnerBeat, Leave, Rules, Standing
 from buffer.prompts import Fed, Feed
 from buffer.recovery import Known, Reconcile
 from buffer.versions import Commit, CommitCheckpoint, Committed, Fork, Forked
@@ -53,7 +53,14 @@ class Session:
         Raises `SettingsMismatch`, or `ForeignRun` if the memory is of another run.
         """
         stream.load_library()
-        joined = stream.call(JoinLearner(secrets.token_hex(16), nonce or secrets.token_hex(16), rules))
+        try:
+            joined = stream.call(JoinLearner(secrets.token_hex(16), nonce or secrets.token_hex(16), rules))
+        except SettingsMismatch as error:
+            rule, _, said = str(error).partition(": ")
+            raise SettingsMismatch(
+                f"stream.{FIELDS.get(rule, rule)}: {said}; give run {stream.run} its own again, a new run "
+                "another name, or go on in a new lineage (launch learner --fork)"
+            ) from error
         known = msgspec.json.decode(memory, type=Known) if memory else None
         if known is not None and known.nonce != joined.nonce:
             raise ForeignRun(

@@ -27,9 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FILE", help="questions to train on: JSONL in GSM8K's schema")
     demo.add_argument("--name", help="name of the run (default: demo)")
     demo.add_argument("--seed", type=int, help="seed of model, data and samples (default: 0)")
-    demo.add_argument(
-        "--family", default="qwen3_next", help="of its model: qwen3_next (default), qwen3 or qwen3_moe"
-    )
+    demo.add_argument("--family", help="of the model that is made: qwen3_next (default), qwen3 or qwen3_moe")
     demo.add_argument("--record", action="store_true", help="keep all it consumes in runs/<name>/record")
     demo.add_argument("--actors", type=int, default=2, metavar="N", help="actors to start (default: 2)")
 
@@ -46,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--node", type=int, metavar="I", help="this machine is node I, 0 the first (default: it is all nodes)"
     )
     learner.add_argument("--meet", default="", metavar="HOST:PORT", help="with --node: where node 0 listens")
+    learner.add_argument(
+        "--fork",
+        metavar="VERSION",
+        help="go on from the checkpoint of this version, or from the `newest`, in a new lineage: later steps "
+        "are undone, and rules such as stream.max_steps may change",
+    )
 
     actors = _command(
         subparsers, "actors", commands.actors, "generate for a run; needs nothing but the Redis URL"
@@ -82,16 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = _command(subparsers, "data", commands.data, "write arithmetic questions, or a package's")
     data.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and held_out.jsonl")
-    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--seed", type=int, help="seed of the questions (default: 0)")
     data.add_argument("--reasoning-gym", metavar="TASK", help="questions of this task instead of arithmetic")
     data.add_argument("--size", type=int, help="how many of them to generate (default: 1000)")
     data.add_argument("--verifiers", metavar="MODULE:FUNCTION", help="data of the environment that it makes")
     data.add_argument("--arguments", metavar="JSON", help="an object: keyword arguments of the function")
 
-    model = _command(subparsers, "model", commands.model, "make a tiny Qwen3 checkpoint with random weights")
+    model = _command(subparsers, "model", commands.model, "make a tiny checkpoint with random weights")
     model.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     model.add_argument("--family", default="qwen3", help="qwen3 (default), qwen3_moe or qwen3_next")
-    model.add_argument("--seed", type=int, default=0)
+    model.add_argument("--seed", type=int, default=0, help="seed of its weights (default: 0)")
 
     convert = _command(
         subparsers, "convert", commands.convert, "a checkpoint from Hugging Face to Megatron-Core or back"
@@ -136,9 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (status, verify, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument(
-        "--weights", action="store_true", help="also have every engine score recent samples again"
+        "--weights", action="store_true", help="also score recent samples again, by engines and kept versions"
     )
-    verify.add_argument("--samples", type=int, default=8, metavar="K", help="how many of them (default: 8)")
+    verify.add_argument("--samples", type=int, metavar="K", help="how many of them (default: 8)")
     inspect.add_argument("--dead", action="store_true", help="list the dead letters")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="also save their payloads there")
     inspect.add_argument("--requeue", metavar="ENTRY", help="put the prompt of a letter back into the queue")

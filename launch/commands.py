@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def demo(args: argparse.Namespace) -> int:
     """The whole system on this machine."""
+    from buffer.connect import shown
     from launch.demo import adapt_to_data, demo_file, run_demo
 
     chosen = {"name": args.name, "seed": args.seed}
@@ -27,7 +28,15 @@ def demo(args: argparse.Namespace) -> int:
     config = _config(args, [demo_file()], overrides)
     if config is None:
         return 0
-    return _finish(run_demo(config, args.actors, family=args.family, record=args.record), args.json)
+    if config.redis.url:
+        raise LaunchError(
+            f"redis.url: got {shown(config.redis.url)}, but the demo starts a server of its own; use "
+            "`launch learner` and `launch actors` on that one"
+        )
+    if args.family and config.model.path:
+        raise LaunchError(f"--family: got {args.family} with model.path {config.model.path}, so none is made")
+    family = args.family or "qwen3_next"
+    return _finish(run_demo(config, args.actors, family=family, record=args.record), args.json)
 
 
 def learner(args: argparse.Namespace) -> int:
@@ -47,13 +56,14 @@ def learner(args: argparse.Namespace) -> int:
 
     nodes = Nodes(args.nodes, args.nproc_per_node, args.node, args.meet)
     nodes.check()
+    fork = None if args.fork is None else _version(args.fork)
     config = _config(args, [], [])
     if config is None:
         return 0
     url, began, interrupt = _url(args, config.redis.url), time.monotonic(), Interrupt()
     stream = Stream.connect(url, config.name)
     with Supervisor() as children:
-        ranks = start_learner(children, config, url, run_folder(config.name), nodes)
+        ranks = start_learner(children, config, url, run_folder(config.name), nodes, fork)
         if not nodes.leads:
             follow_node(ranks, interrupt)
             return 0
@@ -61,6 +71,15 @@ def learner(args: argparse.Namespace) -> int:
         ledger = follow(stream, ranks, None, interrupt, evaluator)
         evaluator.finish(interrupt)
     return _finish(conclude(config, ledger, time.monotonic() - began), args.json)
+
+
+def _version(text: str) -> int:
+    """A version, -1 for the newest one. Raises `LaunchError`."""
+    if text == "newest":
+        return -1
+    if not text.isdecimal():
+        raise LaunchError(f"--fork: got {text}, expected the version of a checkpoint, or newest")
+    return int(text)
 
 
 def actors(args: argparse.Namespace) -> int:
@@ -180,16 +199,19 @@ def data(args: argparse.Namespace) -> int:
         raise LaunchError(f"--size: got {args.size} without --reasoning-gym, expected no such option")
     if args.arguments is not None and not args.verifiers:
         raise LaunchError(f"--arguments: got {args.arguments} without --verifiers, expected no such option")
+    if args.seed is not None and args.verifiers:
+        raise LaunchError(f"--seed: got {args.seed} with --verifiers, whose data are the environment's own")
     if args.reasoning_gym and args.verifiers:
         raise LaunchError("--reasoning-gym and --verifiers: expected one of them")
     paths: tuple[Path, ...]
+    seed = args.seed or 0
     if args.verifiers:
         paths = write_verifiers(args.verifiers, args.out, arguments=arguments_of(args.arguments or "{}"))
     elif args.reasoning_gym:
         size = 1000 if args.size is None else args.size
-        paths = write_reasoning(args.reasoning_gym, args.out, size=size, seed=args.seed)
+        paths = write_reasoning(args.reasoning_gym, args.out, size=size, seed=seed)
     else:
-        paths = write_arithmetic(args.out, seed=args.seed)
+        paths = write_arithmetic(args.out, seed=seed)
     for path in paths:
         print(path)
     return 0
@@ -245,19 +267,22 @@ def verify(args: argparse.Namespace) -> int:
     from launch.status import find_run
     from launch.verify import render, verify
 
-    if args.samples < 1:
-        raise LaunchError(f"--samples: got {args.samples}, expected 1 or more")
+    if args.samples is not None and not args.weights:
+        raise LaunchError(f"--samples: got {args.samples} without --weights, expected no such option")
+    samples = 8 if args.samples is None else args.samples
+    if samples < 1:
+        raise LaunchError(f"--samples: got {samples}, expected 1 or more")
     stream = find_run(_url(args, ""), args.run)
-    found, checks = verify(stream), []
+    found, checks = verify(stream), None
     if args.weights:
-        from launch import weights
+        from launch import weights  # brings numpy
 
-        checks = weights.check_weights(stream, args.samples)
+        checks = weights.check_weights(stream, samples)
     if args.json:
         print(msgspec.json.encode({**msgspec.to_builtins(found), "weights": checks}).decode())
     else:
-        print("\n".join([*([weights.render(checks)] if args.weights else []), render(found)]))
-    return 0 if found.holds and not any(check.problem for check in checks) else 1
+        print("\n".join([*([weights.render(checks)] if checks else []), render(found)]))
+    return 0 if found.holds and (checks is None or checks.hold) else 1
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -269,6 +294,10 @@ def inspect(args: argparse.Namespace) -> int:
 
     if not (args.dead or args.requeue):
         raise LaunchError("nothing to inspect: give --dead, or --requeue ENTRY")
+    if args.requeue and (args.dead or args.out or args.json):
+        raise LaunchError(
+            "--requeue: got one with --dead, --out or --json, which are for listing; give it alone"
+        )
     stream = find_run(_url(args, ""), args.run)
     if args.requeue:
         print(f"the prompt at position {requeue(stream, args.requeue)} waits in the queue again")

@@ -11,6 +11,7 @@ many actors it is to run; `launch scale actors N` shares N out among the launche
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -76,9 +77,10 @@ class Fleet:
             return  # actors wait for Redis by themselves
 
     def stop(self) -> None:
-        """Drains all actors and waits until they have left."""
+        """Drains all actors and waits until they have left; a Redis that is gone needs no telling."""
         self._children.stop(self.actors)
-        self._stream.redis.hdel(self._key, self.name, f"{self.name}:wanted")
+        with contextlib.suppress(redis.RedisError):
+            self._stream.redis.hdel(self._key, self.name, f"{self.name}:wanted")
 
     @property
     def all_lost(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
+import redis
 
 from buffer.client import Stream
 from buffer.connect import connect
@@ -33,12 +35,16 @@ def run_folder(name: str) -> Path:
 
 
 def start_learner(
-    children: Supervisor, config: RunConfig, url: str, folder: Path, nodes: Nodes
+    children: Supervisor, config: RunConfig, url: str, folder: Path, nodes: Nodes, fork: int | None = None
 ) -> list[Child]:
-    """Starts the learner's processes on this machine, rank 0 first; they read `config.json` of the folder."""
+    """Starts the learner's processes on this machine, rank 0 first; they read `config.json` of the folder.
+
+    `fork` is that of `learner.worker.Learner`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(to_json(config))
     argv = [sys.executable, "-m", "learner.worker", "--folder", str(folder)]
+    argv += [] if fork is None else ["--fork", str(fork)]
     ranks = []
     for variables in nodes.ranks():
         rank = int(variables.get("RANK", "0"))
@@ -140,7 +146,8 @@ def follow(
     while learner.returncode is None:
         if interrupt.asked and not told:
             print("\nstopping after this step ...", file=sys.stderr)
-            stream.redis.set(stream.key("stop"), "asked")
+            with contextlib.suppress(redis.RedisError):  # the learner says so itself, once Redis answers
+                stream.redis.set(stream.key("stop"), "asked")
             learner.process.terminate()
             told = True
         ledger = _look(stream) or ledger

@@ -1,13 +1,18 @@
-"""`launch verify --weights`: do the engines serve what was committed, and is that what wrote the samples?
+"""`launch verify --weights`: are the recent samples what the weights say that they name?
 
 Every live engine is asked to score recent samples again. The label with which it answers must be a committed
 version, and each token that carries this label must have the log-probability that its record says. An engine
-that serves other weights under a right label cannot do that.
+that serves other weights under a right label cannot do that. Tokens of versions that no engine serves any
+more are scored by the learner's model, under the version that the run's folder keeps.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,13 +23,35 @@ from buffer.errors import RecordError
 from buffer.keys import shard_key
 from buffer.ledger import Ledger, Snapshot
 from buffer.schema import Group, Sample
+from launch.errors import LaunchError
+from launch.local import run_folder
+from launch.supervise import process_environment
 from weightsync.scoring import ask_scores
 
 TOLERANCE = 1e-3
-"""Largest difference of a log-probability: fp32 engines stay below 1e-4."""
+"""Largest difference of a log-probability in fp32, where it is below 1e-4."""
+ROUNDED = 0.1
+"""Mean difference with an engine or a learner in bf16: some 0.01, where single tokens may differ much."""
 _PATIENCE_S = 30.0
 _LONGEST = 4096
 """Longer samples are left out, tokens."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How far log-probabilities of now are from those of the record, nats."""
+
+    tokens: int
+    """Tokens compared."""
+    largest: float
+    mean: float
+
+    def problem(self, rounded: bool) -> str:
+        """What is wrong with it, empty if nothing is; `rounded`: something computes in bf16."""
+        if rounded and not self.mean <= ROUNDED:  # nan is no agreement
+            return f"log-probabilities are {self.mean:.2g} off the record's on average"
+        if not rounded and not self.largest <= TOLERANCE:
+            return f"log-probabilities are {self.largest:.2g} off the record's"
+        return ""
 
 
 class EngineCheck(msgspec.Struct, frozen=True):
@@ -39,6 +66,34 @@ class EngineCheck(msgspec.Struct, frozen=True):
     """Between their log-probabilities in the record and those that the engine gives them now."""
     problem: str
     """What is wrong; empty if nothing is."""
+
+
+class VersionCheck(msgspec.Struct, frozen=True):
+    """A version that recent samples name and no engine serves."""
+
+    label: str
+    tokens: int
+    """Tokens of recent samples that carry this label."""
+    kept: bool
+    """Whether the run's folder has the version; if not, the tokens could not be scored again."""
+    max_difference: float
+    """Between their log-probabilities in the record and those that the learner's model gives them."""
+    problem: str
+    """What is wrong; empty if nothing is."""
+
+
+class WeightChecks(msgspec.Struct, frozen=True):
+    """What became of recent samples."""
+
+    engines: list[EngineCheck]
+    versions: list[VersionCheck]
+    """By rising version."""
+
+    @property
+    def hold(self) -> bool:
+        """Whether nothing is wrong."""
+        problems = [one.problem for one in self.engines] + [one.problem for one in self.versions]
+        return not any(problems)
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -96,18 +151,28 @@ def _add_spans(found: Samples, sample: Sample, labels: list[str]) -> None:
         begin += span.length
 
 
-def check_weights(stream: Stream, count: int) -> list[EngineCheck]:
-    """Has every live engine score recent samples again. Raises `NoRun`, `RedisUnavailable`."""
+def check_weights(stream: Stream, count: int) -> WeightChecks:
+    """Has recent samples scored again, by every live engine and under the versions that are kept.
+
+    Raises `NoRun`, `RedisUnavailable`, `LaunchError` if the learner's model cannot be built.
+    """
     ledger = stream.call(Snapshot())
+    packed: Any = stream.redis.get(stream.key("config"))
+    config: dict[str, Any] = msgspec.json.decode(packed) if packed else {}
+    rounded = "bfloat16" in [config.get(part, {}).get("dtype") for part in ("engine", "model")]
     samples = recent_samples(stream, ledger.number("shards"), count)
-    return [
-        _check(stream, ledger, name, samples)
+    engines = [
+        _check(stream, ledger, name, samples, rounded)
         for name, record in ledger.actors.items()
         if ledger.alive(name) and record.state != "starting" and record.version >= 0
     ]
+    served = {one.label for one in engines}
+    left = {label: spans for label, spans in samples.spans.items() if label not in served}
+    folder = run_folder(stream.run) / "weights"
+    return WeightChecks(engines, check_kept(folder, config.get("model", {}), samples, left, rounded))
 
 
-def _check(stream: Stream, ledger: Ledger, name: str, samples: Samples) -> EngineCheck:
+def _check(stream: Stream, ledger: Ledger, name: str, samples: Samples, rounded: bool) -> EngineCheck:
     deadline = time.monotonic() + _PATIENCE_S
     scores = ask_scores(stream, name, ledger.actors[name].epoch, samples.sequences or [[0, 0]], deadline)
     if scores is None:
@@ -115,20 +180,68 @@ def _check(stream: Stream, ledger: Ledger, name: str, samples: Samples) -> Engin
     version, _, digest = scores.label.partition(":")
     known: Any = stream.redis.hget(stream.key("versions"), version)
     committed = known.decode() if known else "none"
-    tokens, difference = compare(samples.spans.get(scores.label, []), scores.logprobs)
-    problem = ""
+    found = compare(samples.spans.get(scores.label, []), scores.logprobs)
+    problem = found.problem(rounded)
     if digest != committed:
         problem = f"serves version {version} with digest {digest}, committed is {committed}"
-    elif difference > TOLERANCE:
-        problem = f"log-probabilities are {difference:.2g} off the record's: it serves other weights"
-    return EngineCheck(name, scores.label, tokens, difference, problem)
+    elif problem:
+        problem += ": it serves other weights"
+    return EngineCheck(name, scores.label, found.tokens, found.largest, problem)
 
 
-def compare(spans: list[Span], scores: list[list[float]]) -> tuple[int, float]:
-    """(tokens compared, largest difference) of recorded log-probabilities and those of now.
+def check_kept(
+    root: Path, model: dict[str, Any], samples: Samples, left: dict[str, list[Span]], rounded: bool
+) -> list[VersionCheck]:
+    """Scores the spans `left`, by label, under the versions kept in `root`; `model` is that of the run's
+    configuration. Raises `LaunchError`."""
+    from learner.kept import kept_versions  # no torch comes with it
+
+    kept = {f"{one.version}:{one.digest}": root / str(one.version) for one in kept_versions(root).values()}
+    wanted = [label for label in sorted(left, key=_version_of) if label in kept]
+    asked = {label: sorted({span.sequence for span in left[label]}) for label in wanted}
+    jobs = [
+        {"folder": str(kept[label]), "sequences": [samples.sequences[index] for index in asked[label]]}
+        for label in wanted
+    ]
+    scored = dict(zip(wanted, _rescored(model, jobs) if jobs else [], strict=True))
+    checks = []
+    for label in sorted(left, key=_version_of):
+        spans, scores = left[label], scored.get(label)
+        if scores is None:
+            checks.append(VersionCheck(label, sum(sum(span.policy) for span in spans), False, 0.0, ""))
+            continue
+        places = {sequence: place for place, sequence in enumerate(asked[label])}
+        found = compare([msgspec.structs.replace(s, sequence=places[s.sequence]) for s in spans], scores)
+        problem = found.problem(rounded)
+        problem += f": other weights wrote them than {kept[label]} holds" if problem else ""
+        checks.append(VersionCheck(label, found.tokens, True, found.largest, problem))
+    return checks
+
+
+def _version_of(label: str) -> int:
+    return int(label.partition(":")[0])
+
+
+def _rescored(model: dict[str, Any], wanted: list[dict[str, Any]]) -> list[list[list[float]] | None]:
+    """What `learner.rescore` makes of it, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "learner.rescore"],
+        input=msgspec.json.encode({"model": model, "wanted": wanted}),
+        env={**os.environ, **process_environment("")},
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise LaunchError(f"kept versions cannot be scored: {said[-1]}")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[list[list[float]] | None])
+
+
+def compare(spans: list[Span], scores: list[list[float]]) -> Difference:
+    """Recorded log-probabilities against those of now.
 
     >>> compare([Span(0, 1, [-1.0, 0.0, -3.0], [True, False, True])], [[-9.0, -1.0, -9.0, -2.5]])
-    (2, 0.5)
+    Difference(tokens=2, largest=0.5, mean=0.25)
     """
     differences = [
         abs(recorded - scores[span.sequence][span.begin + place])
@@ -136,14 +249,21 @@ def compare(spans: list[Span], scores: list[list[float]]) -> tuple[int, float]:
         for place, (recorded, own) in enumerate(zip(span.logprobs, span.policy, strict=True))
         if own
     ]
-    return len(differences), max(differences, default=0.0)
+    count = len(differences)
+    return Difference(count, max(differences, default=0.0), sum(differences) / max(1, count))
 
 
-def render(checks: list[EngineCheck]) -> str:
+def render(checks: WeightChecks) -> str:
     """The checks as lines of text."""
     lines = [
         f"weights    {one.actor}: {one.label or 'no answer'}, {one.tokens} tokens scored again, at most "
         f"{one.max_difference:.1e} off" + (f"\nVIOLATED   {one.actor}: {one.problem}" if one.problem else "")
-        for one in checks
-    ]
-    return "\n".join(lines or ["weights    no engine is up"])
+        for one in checks.engines
+    ] or ["weights    no engine is up"]
+    for one in checks.versions:
+        kept = f"scored again as it is kept, at most {one.max_difference:.1e} off"
+        lines.append(
+            f"weights    {one.label}: {one.tokens} tokens " + (kept if one.kept else "of weights not kept")
+        )
+        lines += [f"VIOLATED   {one.label}: {one.problem}"] if one.problem else []
+    return "\n".join(lines)

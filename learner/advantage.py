@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from learner.errors import BatchError
+from learner.errors import BatchError, ConfigError
+from learner.own import find
 
 Sum = Callable[[list[float]], list[float]]
 """Adds each of several numbers over the data-parallel ranks; `list` in a world of one."""
@@ -71,8 +73,28 @@ def advantages(name: str, groups: list[np.ndarray], over_ranks: Sum = list) -> l
     rewards = [np.asarray(values, np.float64) for values in groups]
     if name == "reinforce_pp":
         return reinforce_pp(rewards, over_ranks)
-    formula = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}[name]
+    formula = formula_named(name)
     return [formula(values) for values in rewards]
+
+
+def formula_named(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What `objective.advantage` names, of one group: rewards [G] to advantages [G]; `reinforce_pp` unscaled.
+    Raises `ConfigError` if a `module:function` cannot be found."""
+    known = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce_pp": dr_grpo}
+    return known.get(name) or partial(_own, name, find(name, "objective.advantage"))
+
+
+def _own(name: str, formula: Callable[[np.ndarray], np.ndarray], rewards: np.ndarray) -> np.ndarray:
+    """A function of the user's own, which is not asked about equal rewards. Raises `ConfigError`."""
+    if _is_constant(rewards):
+        return np.zeros_like(rewards)
+    found = np.asarray(formula(rewards.copy()), np.float64)
+    if found.shape != rewards.shape or not np.isfinite(found).all():
+        raise ConfigError(
+            f"objective.advantage: `{name}` returned {found.tolist()} for rewards {rewards.tolist()}, "
+            "expected one finite number for each"
+        )
+    return found
 
 
 def _is_constant(rewards: np.ndarray) -> bool:

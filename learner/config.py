@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from learner.errors import ConfigError
-from learner.legal import LOSSES, refusal
+from learner.legal import ADVANTAGES, LOSSES, refusal
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -98,9 +98,9 @@ class SourceConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fro
 class DataConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Which questions a run asks."""
 
-    path: str
+    path: str = ""
     """JSONL or Parquet file, folder saved by Hugging Face `datasets`, or pattern such as
-    `data/train-*.parquet`; empty where `sources` are given."""
+    `data/train-*.parquet`; absent where `sources` are given."""
     sources: list[SourceConfig] = []
     """Several data sets with weights, instead of `path`."""
     question: str = "question"
@@ -235,8 +235,9 @@ class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     """`decoupled`: ratio pi / pi_p, weighted by the correction of pi_p / mu. `bypass`: ratio pi / mu."""
     mini_batches: Count = 1
     """Optimizer steps a batch, each on its own share of the groups. 1 needs no forward pass for pi_p."""
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
-    """How rewards become advantages, see `learner.advantage`."""
+    advantage: str = "grpo"
+    """How rewards become advantages: `grpo`, `dr_grpo`, `rloo`, `reinforce_pp`, or a function of your own as
+    `module:function`, see `learner.advantage`."""
     overlong: Literal["keep", "mask", "penalty"] = "keep"
     """Answers cut off at the token limit: trained like any other, treated as if they had not been
     sampled, or (like all long ones) trained with a lower reward, see `learner.samples`."""
@@ -297,7 +298,7 @@ class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning, with the reason."""
-        self._check_loss()
+        self._check_names()
         if reason := refusal(self.loss, self.mode, self.correction, self.mini_batches):
             raise ConfigError(reason)
         if self.level == "sequence" and self.correction != "tis":
@@ -323,13 +324,15 @@ class ObjectiveConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
                 "to rollout.sampling.max_new_tokens and the ramp to a fifth of it"
             )
 
-    def _check_loss(self) -> None:
-        module, _, function = self.loss.partition(":")
-        if self.loss not in LOSSES and not (module and function):
-            raise ConfigError(
-                f"objective.loss: got `{self.loss}`, expected {', '.join(f'`{name}`' for name in LOSSES)} or "
-                "a function of your own as `module:function`"
-            )
+    def _check_names(self) -> None:
+        for field, known in (("loss", LOSSES), ("advantage", ADVANTAGES)):
+            name = getattr(self, field)
+            module, _, function = name.partition(":")
+            if name not in known and not (module and function):
+                raise ConfigError(
+                    f"objective.{field}: got `{name}`, expected {', '.join(f'`{one}`' for one in known)} or "
+                    "a function of your own as `module:function`"
+                )
         if self.loss == "gspo" and self.aggregation != "sequence_mean":
             raise ConfigError(
                 f"objective.aggregation: got `{self.aggregation}` with loss `gspo`, which has one "

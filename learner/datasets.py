@@ -141,6 +141,10 @@ def alone(config: DataConfig, path: str) -> DataConfig:
 def _sources(config: DataConfig) -> list[SourceConfig]:
     if config.sources:
         return config.sources
+    if not config.path:
+        raise DataError(
+            "data.path: got none; give a JSONL or Parquet file, a saved data set, or data.sources"
+        )
     return [SourceConfig(path=config.path, question=config.question, answer=config.answer)]
 
 

@@ -12,6 +12,7 @@ from buffer.session import Session
 from buffer.stream import sweep
 from learner.curriculum import Curriculum
 from learner.datasets import PromptOrder
+from learner.errors import LearnerError
 
 _LOOK_S = 0.25
 _SWEEP_S = 30.0
@@ -22,7 +23,7 @@ class Feeder(threading.Thread):
 
     The queue's tail in Redis says which prompt comes next, so a feeder can be stopped anywhere; when the
     data ends it says so. Each look also lets the run's clock advance, and now and then payloads that
-    nothing refers to are swept. What ends it early is kept in `error`.
+    nothing refers to are swept. What ends it early, `check` raises.
     """
 
     def __init__(self, session: Session, order: PromptOrder | Curriculum, *, ahead: int) -> None:
@@ -30,7 +31,14 @@ class Feeder(threading.Thread):
         self._session, self._order, self._ahead = session, order, ahead
         self._stopped = threading.Event()
         self._swept = time.monotonic()
-        self.error: StreamError | None = None
+        self._error: StreamError | None = None
+
+    def check(self) -> None:
+        """Raises what ended it, which would otherwise leave the learner waiting for ever."""
+        if self._error is not None:
+            raise self._error
+        if not self.is_alive():
+            raise LearnerError("the thread that feeds prompts has died; see above why")
 
     def run(self) -> None:
         """Tops the queue up whenever it is shorter than `ahead`."""
@@ -41,7 +49,7 @@ class Feeder(threading.Thread):
                 self._sweep()
                 self._stopped.wait(_LOOK_S)
         except StreamError as error:
-            self.error = error
+            self._error = error
 
     def _top_up(self) -> None:
         stream = self._session.stream

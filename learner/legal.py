@@ -20,6 +20,8 @@ MASKS = ("none", "icepop", "mis", "geo")
 """Those that can do with a mask alone, which is all that mode `bypass` takes of them."""
 LOSSES = ("ppo_clip", "gspo", "cispo", "topr")
 """Every built-in loss; `module:function` names one of the user's own."""
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp")
+"""Every built-in advantage, likewise."""
 CUSTOM = "module:function"
 """How the table calls a loss of the user's own."""
 

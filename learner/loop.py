@@ -152,8 +152,7 @@ class Loop:
     def _on_wait(self, manifest: Manifest, reason: str) -> None:
         """Called at each look for a batch that finds none."""
         self._pass_on_stop()
-        if self._feeder.error is not None:
-            raise self._feeder.error
+        self._feeder.check()
         if self._checkpoints is not None:
             if reason in ("uncovered", "memory"):
                 self._checkpoints.needed(self._trainer, manifest.digest)

@@ -25,7 +25,7 @@ import torch
 from megatron.core import parallel_state
 
 from buffer.schema import Group
-from learner.advantage import advantages
+from learner.advantage import advantages, formula_named
 from learner.checkpoint.state import Part, load, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from learner.convert.hf import export_hf, load_hf, save_hf
@@ -103,7 +103,7 @@ class Trainer:
         """
         for sentence in idle_settings(objective):
             warnings.warn(sentence, stacklevel=2)
-        loss_named(objective.loss)
+        loss_named(objective.loss), formula_named(objective.advantage)
         self.version = 0
         """v: optimizer steps taken, skipped ones included; the weights are those of version v."""
         self.before_update: Callable[[], None] = lambda: None
@@ -205,9 +205,9 @@ class Trainer:
         return {"loss": total, "grad_norm": norm, "lr": lr, "tokens": tokens}
 
     def export(self) -> dict[str, torch.Tensor]:
-        """The current weights under Hugging Face names: fp32 copies on the CPU, in a fixed order.
+        """The current weights under Hugging Face names, in a fixed order: copies on the CPU.
 
-        A collective: rank 0 gets all of them, the others none.
+        They have the model's dtypes. A collective: rank 0 gets all of them, the others none.
         """
         return export_hf(self._model, self._shape)
 

@@ -99,8 +99,12 @@ class Learner:
     training), `checkpoints/`, `weights/` (kept versions), `export/` (the trained model) and `report.json`.
     """
 
-    def __init__(self, stream: Stream, settings: Settings, config: bytes, folder: Path) -> None:
+    def __init__(
+        self, stream: Stream, settings: Settings, config: bytes, folder: Path, fork: int | None = None
+    ) -> None:
+        """`fork`: of which checkpoint's version a new lineage goes on, -1: the newest; None: no fork."""
         self._stream, self._settings, self._config, self._folder = stream, settings, config, folder
+        self._fork = fork
         self._stopping = False
         self._ranks: Ranks | None = None
 
@@ -117,9 +121,13 @@ class Learner:
         tokenizer = Tokenizer(Path(settings.model.path))
         order, left_out = PromptOrder.load(settings.data, tokenizer, settings.seed)
         if left_out:
-            log.warning("%d prompts are longer than data.max_prompt_tokens and are left out", left_out)
+            log.warning(
+                "%d prompts are shorter or longer than data.min_ and max_prompt_tokens allow: left out",
+                left_out,
+            )
         session, found = self._join()
-        restore = Restore(session, found, self._start, settings.checkpoint, Rules.of(settings.stream))
+        rules = Rules.of(settings.stream)
+        restore = Restore(session, found, self._start, settings.checkpoint, rules, self._fork)
         with RunRecord(self._folder, self._stream, going_on=session.version >= 0) as record:
             if session.version >= 0:
                 kl = settings.objective.kl
@@ -153,7 +161,8 @@ class Learner:
     def _join(self) -> tuple[Session, list[Checkpoint]]:
         """Creates the run, or takes it over, and puts there what actors need."""
         stream = self._stream
-        session, found = join(stream, Rules.of(self._settings.stream), self._folder / "checkpoints")
+        rules, folder = Rules.of(self._settings.stream), self._folder / "checkpoints"
+        session, found = join(stream, rules, folder, self._fork)
         files = model_files(Path(self._settings.model.path))
         stream.patiently(lambda: stream.redis.sadd(RUNS, self._settings.name))
         stream.patiently(lambda: stream.redis.hset(stream.key("files"), mapping=files))
@@ -308,11 +317,15 @@ def follow(settings: Settings, url: str) -> None:
 
 
 def main() -> int:
-    """Entry point: `python -m learner.worker --folder DIR`, where `config.json` is. With torchrun's variables
-    in the environment, one rank of several."""
+    """Entry point: `python -m learner.worker --folder DIR [--fork VERSION]`, where `config.json` is.
+
+    With torchrun's variables in the environment, one rank of several.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    folder = parser.parse_args().folder
+    parser.add_argument("--fork", type=int)
+    args = parser.parse_args()
+    folder = args.folder
     logging.basicConfig(level="WARNING", format="%(asctime)s learner: %(message)s")
     log.setLevel("INFO")
     config = (folder / "config.json").read_bytes()
@@ -322,7 +335,8 @@ def main() -> int:
         if int(os.environ.get("RANK", "0")):
             follow(settings, url)
             return 0
-        learner = Learner(Stream.connect(url, settings.name, shards=shards), settings, config, folder)
+        stream = Stream.connect(url, settings.name, shards=shards)
+        learner = Learner(stream, settings, config, folder, args.fork)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, learner.stop)
         learner.run()

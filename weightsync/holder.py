@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import socketserver
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from typing import BinaryIO
 
 from weightsync.guard import Place
 from weightsync.image import Image
@@ -76,7 +78,7 @@ class Holder:
         """Serves at a free port of `address`, an address of this host."""
         self.token = secrets.token_hex(16)
         self.served_bytes = 0
-        """Bytes of versions pulled from here so far."""
+        """Bytes of versions asked of here so far."""
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._server = _Server((address, 0), self)
@@ -144,6 +146,11 @@ class Holder:
             return held.delta[int(number)], -1, len(held.delta[int(number)])
         return None
 
+    def send(self, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        """Sends `count` bytes of an image to one who pulls."""
+        self.served_bytes += count
+        connection.sendfile(image, first, count)
+
     def close(self) -> None:
         """Ends the server and forgets everything."""
         self._server.shutdown()
@@ -185,13 +192,12 @@ class _Handler(BaseHTTPRequestHandler):
         content, descriptor, size = found
         if content is not None:
             return self._send(HTTPStatus.OK, content)
-        with os.fdopen(descriptor, "rb", buffering=0) as image:
+        with os.fdopen(descriptor, "rb") as image:
             first, count = _range_of(self.headers.get("Range", ""), size)
             if count <= 0:
                 return self._send(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"")
-            holder.served_bytes += count
             self._head(HTTPStatus.PARTIAL_CONTENT, count)
-            self.connection.sendfile(image, first, count)
+            holder.send(self.connection, image, first, count)
         return None
 
     def _send(self, status: HTTPStatus, content: bytes) -> None:

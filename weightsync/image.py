@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -81,9 +80,7 @@ class Image:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Writes bytes at an offset."""
-        while data:
-            written = os.pwrite(self.descriptor, data, offset)
-            data, offset = data[written:], offset + written
+        write_all(self.descriptor, offset, data)
 
     def readable(self) -> mmap.mmap:
         """A mapping to read from; it outlives `close`."""
@@ -104,6 +101,13 @@ class Image:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    """Writes bytes at an offset of a file."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
 
 
 _POPULATE_READ = 22
@@ -142,30 +146,28 @@ def write_image(
     placed = named.placed(sizes)
     order = sorted(placed.tensors, key=lambda entry: entry.offset)
     parts = [
-        (entry.offset, memoryview(tensors[entry.name].detach().reshape(-1).view(torch.uint8).numpy()))
-        for entry in order
-        if sizes[entry.name][1]
+        memoryview(tensors[entry.name].detach().reshape(-1).view(torch.uint8).numpy()) for entry in order
     ]
     image = Image.allocate(placed.size)
-    # Both only read the tensors: with a core each, the digests cost no time.
-    with ThreadPoolExecutor(1, "weights-digest") as thread:
-        digests = thread.submit(_digests, [data for _, data in parts], chunk_bytes)
-        for offset, data in parts:
-            image.write(offset, data)
-        image.seal()
-        ranges = chunk_ranges(placed.size, chunk_bytes)
-        chunks = [Chunk(*place, digest) for place, digest in zip(ranges, digests.result(), strict=True)]
+    digests = _write(image, parts, chunk_bytes)
+    image.seal()
+    ranges = chunk_ranges(placed.size, chunk_bytes)
+    chunks = [Chunk(*place, digest) for place, digest in zip(ranges, digests, strict=True)]
     return image, msgspec.structs.replace(placed, chunks=chunks)
 
 
-def _digests(parts: Iterable[memoryview], chunk_bytes: int) -> list[str]:
-    """xxh3-128 of every `chunk_bytes` of the parts, end to end; hex."""
-    found, state, left = list[str](), xxhash.xxh3_128(), chunk_bytes
+def _write(image: Image, parts: Iterable[memoryview], chunk_bytes: int) -> list[str]:
+    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex.
+
+    What was just digested is still in the processor's cache when it is written.
+    """
+    found, state, left, offset = list[str](), xxhash.xxh3_128(), chunk_bytes, 0
     for part in parts:
         while part:
             piece, part = part[:left], part[left:]
             state.update(piece)
-            left -= len(piece)
+            image.write(offset, piece)
+            offset, left = offset + len(piece), left - len(piece)
             if not left:
                 found.append(state.hexdigest())
                 state, left = xxhash.xxh3_128(), chunk_bytes

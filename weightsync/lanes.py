@@ -54,7 +54,7 @@ class _Lane(threading.Thread):
     def __init__(self, lanes: Lanes, actor: str, epoch: str) -> None:
         super().__init__(name=f"weights-{actor}", daemon=True)
         self.actor, self.epoch = actor, epoch
-        self.sent = -1
+        self.sent: Manifest | None = None
         self.push_s = 0.0
         self._lanes, self._closed = lanes, False
 
@@ -67,9 +67,10 @@ class _Lane(threading.Thread):
                 began = time.monotonic()
                 self._ask(Receive(self.epoch, group.name, newest[0]))
                 group.send(newest[1])
-                self.sent, self.push_s = newest[0].version, time.monotonic() - began
+                self.sent, self.push_s = newest[0], time.monotonic() - began
         except (WeightSyncError, redis.RedisError, OSError) as error:
-            lanes.log(f"weights: {self.actor} is left behind at version {self.sent}: {error}")
+            at = self.sent.version if self.sent else -1
+            lanes.log(f"weights: {self.actor} is left behind at version {at}: {error}")
         finally:
             if group is not None:
                 group.close()
@@ -79,7 +80,8 @@ class _Lane(threading.Thread):
         newest = self._lanes.newest
         with newest.changed:
             while not self._closed:
-                if newest.manifest is not None and newest.manifest.version > self.sent:
+                # Whatever its number: after a fork versions go back.
+                if newest.manifest is not None and newest.manifest is not self.sent:
                     return newest.manifest, newest.tensors
                 newest.changed.wait()
         return None
@@ -134,7 +136,7 @@ class Lanes:
 
     def push_seconds(self) -> dict[str, float]:
         """How long the last push to each actor took, from the request to the last byte sent."""
-        return {name: lane.push_s for name, lane in self._open.items() if lane.sent >= 0}
+        return {name: lane.push_s for name, lane in self._open.items() if lane.sent}
 
     def held_bytes(self) -> int:
         """Memory of the tensors that are offered."""

@@ -19,8 +19,8 @@ from weightsync.errors import ManifestError
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES = 16 << 20
-"""Bytes of a chunk, the last one apart."""
+CHUNK_BYTES = 4 << 20
+"""Bytes of a chunk, the last one apart: what stays in a processor's cache from one step to the next."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True):

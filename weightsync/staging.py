@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from weightsync.errors import SourceError
 from weightsync.guard import Place
-from weightsync.image import Image, populate
+from weightsync.image import Image
 from weightsync.manifest import Manifest, digest_of
 
 READERS = 2
@@ -66,10 +66,11 @@ class Staging:
         """Where the bytes of a chunk go. Raises `Superseded` when nobody wants them any more."""
         self._go_on()
         if self._thread is None:
-            size = max(chunk.size for chunk in self.manifest.chunks)
             self._image = Image.allocate(self.manifest.size)
-            self._buffers = [memoryview(bytearray(size)) for _ in range(2)]
             self._thread = ThreadPoolExecutor(1, "weights-verify")
+        if not self._buffers:
+            size = max(chunk.size for chunk in self.manifest.chunks)
+            self._buffers = [memoryview(bytearray(size)) for _ in range(2)]
         return self._buffers[0][: self.manifest.chunks[number].size]
 
     def keep(self, number: int) -> None:
@@ -87,13 +88,11 @@ class Staging:
     def adopt(self, image: Image) -> None:
         """Takes a sealed image that holds the whole version, in place of copying. Raises `SourceError`."""
         self.close()
-        mapping = image.readable()
-        view = memoryview(mapping)
+        view = memoryview(image.readable())
 
         def verify(number: int) -> None:
             self._go_on()
             chunk = self.manifest.chunks[number]
-            populate(mapping, chunk.offset, chunk.size)
             self._check(number, view[chunk.offset : chunk.offset + chunk.size])
 
         everything = range(len(self.manifest.chunks))
@@ -127,6 +126,11 @@ class Staging:
         image, self._image = self._image, None
         self.close()
         return image
+
+    def abandon(self) -> None:
+        """Others than the last rooms from now on: whoever fills one of those may not have stopped."""
+        self._placed()
+        self._buffers = []
 
     def close(self) -> None:
         """Forgets what was not finished."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
-
 from actors.rewards.mathematics import comparable, last_boxed, math_exact
+
+try:
+    from math_verify import LatexExtractionConfig, parse, verify
+except ImportError as error:
+    raise ImportError(f"{error}; install the extra: slipstream[math]") from error
 
 
 def math_verify(text: str, answer: str) -> tuple[float, dict[str, float]]:

@@ -1,12 +1,14 @@
 """When checkpoints are begun, and what happens once one is complete.
 
 A complete one is committed, which is what makes it the latest: a learner that was fenced off cannot. Then
-payloads of steps before the oldest kept one go, and so do older checkpoints.
+payloads of steps before the oldest kept one go, and so do older checkpoints: in a thread, since a file system
+takes its time to free gigabytes.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,7 @@ class Checkpoints:
 
         self._saver = Saver(folder, ranks=ranks)
         self._state: State | None = None
+        self._pruning: threading.Thread | None = None
         self._due, self._failed = False, -_AGAIN_S
         self._saved = self._stands = saved
         """The newest version that was begun, and the newest that is complete."""
@@ -116,11 +119,25 @@ class Checkpoints:
                 self._stands,
             )
             return
+        self._pruned()
         oldest = oldest_kept(self._folder, self._config, state.version)
         self._stands, self.saving_s = state.version, written.seconds
         self._session.checkpoint(state.version, state.digest, oldest)
-        prune(self._folder, self._config, oldest)
+        self._pruning = threading.Thread(target=self._prune, args=(oldest,), name="prune")
+        self._pruning.start()
         log.info("checkpoint of version %d, %.1f s", state.version, written.seconds)
+
+    def _prune(self, oldest: int) -> None:
+        try:
+            prune(self._folder, self._config, oldest)
+        except OSError as error:
+            log.warning("older checkpoints stay: %s", error)
+
+    def _pruned(self) -> None:
+        """Returns once what is to go is gone."""
+        if self._pruning is not None:
+            self._pruning.join()
+            self._pruning = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -129,3 +146,4 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._saver.close()
+        self._pruned()

@@ -28,6 +28,8 @@ from learner.model.world import gather_bytes
 
 BUCKET = 1 << 24
 """Elements, about, that travel to rank 0 at once: 64 MiB in fp32."""
+_ALIGNED = 8
+"""Bytes at whose multiples a tensor begins in a message, so that it can be looked at in its dtype."""
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -40,6 +42,8 @@ class Region(msgspec.Struct, frozen=True):
     """Where it begins in the key."""
     size: tuple[int, ...]
     """Its dimensions."""
+    dtype: str
+    """That of its elements, as torch names it."""
 
     def of(self, whole: torch.Tensor, share: Share) -> torch.Tensor:
         """The region's part of `whole`, which has the size of `share`: a view."""
@@ -88,6 +92,7 @@ class Held:
                 shard.global_offset[0] if shard.prepend_axis_num else None,
                 tuple(shard.global_offset),
                 size,
+                str(shard.data.dtype).removeprefix("torch."),
             )
             self.tensors[region] = shard.data.detach().view(size)
             if is_main_replica(shard.replica_id):
@@ -105,8 +110,8 @@ def by_share(regions: Iterable[Region]) -> dict[tuple[str, int | None], list[Reg
 def whole_tensors(model: GPTModel, shape: Shape) -> Iterator[tuple[Rule, torch.Tensor]]:
     """Each rule's tensor, put together on rank 0 from all ranks, in the order of the rules.
 
-    A collective of all ranks; the others get nothing. What rank 0 holds all of is a view of its model, the
-    rest is in fp32. Raises `ModelError` there if no rank holds a part of a tensor.
+    A collective of all ranks; the others get nothing. Each has the dtype that it has in the model, and is a
+    view of it where rank 0 is alone. Raises `ModelError` there if no rank holds a part of a tensor.
     """
     if alone():
         own = named_tensors(model)
@@ -156,7 +161,7 @@ def _assembled(
         raise ModelError(f"{rule.mcore}: the ranks hold {[region for region, _ in parts]} of {rule.shape}")
     if len(parts) == 1:
         return parts[0][1].view(rule.shape)
-    merged = torch.empty(rule.shape)
+    merged = torch.empty(rule.shape, dtype=parts[0][1].dtype)
     for share, piece in pieces(rule, shape, merged):
         for region, tensor in found[share]:
             region.of(piece, share).copy_(tensor)
@@ -182,10 +187,12 @@ def _send_all(held: Held, own: dict[tuple[str, int | None], list[Region]], shape
     sending: dist.Work | None = None
     for bucket in _buckets(shape):
         wanted = [share for rule in bucket for share in shares(rule, shape)]
-        tensors = [held.tensors[region] for region, _ in _pairs(own, wanted)]
-        if not tensors:
+        regions = [region for region, _ in _pairs(own, wanted)]
+        if not regions:
             continue
-        message = torch.cat([tensor.to("cpu", torch.float32).flatten() for tensor in tensors])
+        message, rooms = _message(regions)
+        for region, room in zip(regions, rooms, strict=True):
+            room.copy_(held.tensors[region])
         if sending is not None:
             sending.wait()
         sending, sent = dist.isend(message, 0), message  # which must live until it has arrived
@@ -194,23 +201,37 @@ def _send_all(held: Held, own: dict[tuple[str, int | None], list[Region]], shape
         del sent
 
 
+def _message(regions: list[Region]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Room for `regions` in one piece of CPU memory, uint8, and that of each, of its size and dtype."""
+    kinds = [getattr(torch, region.dtype) for region in regions]
+    nbytes = [prod(region.size) * kind.itemsize for region, kind in zip(regions, kinds, strict=True)]
+    padded = [-(-count // _ALIGNED) * _ALIGNED for count in nbytes]
+    message = torch.empty(sum(padded), dtype=torch.uint8)
+    rooms = [
+        piece[:count].view(kind).view(region.size)
+        for piece, count, kind, region in zip(message.split(padded), nbytes, kinds, regions, strict=True)
+    ]
+    return message, rooms
+
+
 class _Coming:
     """What one rank has of a bucket, at rank 0."""
 
     def __init__(self, pairs: list[tuple[Region, Share]], source: int, held: Held | None) -> None:
         """Asks rank `source` for its message; `held` is what rank 0 has itself."""
         self._pairs, self._held = pairs, held
-        self._sizes = [prod(region.size) for region, _ in pairs]
-        self._message = torch.empty(0 if held else sum(self._sizes))
-        self._work = dist.irecv(self._message, source) if pairs and held is None else None
+        self._work: dist.Work | None = None
+        if pairs and held is None:
+            message, self._rooms = _message([region for region, _ in pairs])
+            self._work = dist.irecv(message, source)
 
     def tensors(self) -> Iterator[tuple[tuple[Region, Share], torch.Tensor]]:
         """The regions with their tensors, once they are here."""
-        if self._work is not None:
-            self._work.wait()
         if self._held is not None:
-            parts = [self._held.tensors[region].to("cpu", torch.float32) for region, _ in self._pairs]
+            parts = [self._held.tensors[region].cpu() for region, _ in self._pairs]
+        elif self._work is not None:
+            self._work.wait()
+            parts = self._rooms
         else:
-            split = self._message.split(self._sizes)
-            parts = [part.view(region.size) for part, (region, _) in zip(split, self._pairs, strict=True)]
+            parts = []
         yield from zip(self._pairs, parts, strict=True)

@@ -99,14 +99,17 @@ def _fill(model: GPTModel, shape: Shape, source: HfFolder) -> list[str]:
 
 
 def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
-    """The trained weights under Hugging Face names: fp32 copies on the CPU, always in the same order.
+    """The trained weights under Hugging Face names: copies on the CPU, always in the same order.
 
-    A collective of all ranks that share the model: rank 0 gets all tensors, the others none.
+    They have the dtype in which the model computes with them: bf16 in a bf16 model, but for what it keeps in
+    fp32 (routers, `A_log`, `dt_bias`) and for gains that are shifted, which are exact in fp32 alone. A
+    collective of all ranks that share the model: rank 0 gets all tensors, the others none.
     """
     tensors = {}
     for rule, merged in whole_tensors(model, shape):
-        for part, tensor in zip(rule.parts, rule.split(merged.to("cpu", torch.float32)), strict=True):
-            tensors[part.name] = torch.empty(part.shape).copy_(tensor)
+        kind = torch.float32 if rule.shift else merged.dtype
+        for part, tensor in zip(rule.parts, rule.split(merged.to("cpu", kind)), strict=True):
+            tensors[part.name] = torch.empty(part.shape, dtype=kind).copy_(tensor)
     return tensors
 
 

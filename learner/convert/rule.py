@@ -45,7 +45,7 @@ class Rule:
     """Added on the way to Megatron-Core: -1 for a gain that it keeps zero-centred.
 
     In fp32 the way there and back is exact for gains in [0.5, 2] and for every gain that bf16 holds
-    down to 2**-16; in bf16 it is not, so weights are shifted, exported and digested in fp32."""
+    down to 2**-16; in bf16 it is not, so what is shifted is exported and digested in fp32."""
     sections: tuple[tuple[str, int], ...] = ()
     """Names and rows of the pieces in which a distributed checkpoint stores it; empty: whole."""
     stored: str = ""

@@ -7,15 +7,14 @@ what it returns, nor average, which is the aggregation's part.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from learner.config import ObjectiveConfig
-from learner.errors import ConfigError
 from learner.objective.tokens import Tokens, exp_clamped, sample_mean, sample_sum
+from learner.own import find
 
 FREE, LOW, HIGH, DUAL = 0, 1, 2, 3
 """What bounded a token: nothing, the lower clip, the upper clip (or a cap), the dual clip."""
@@ -87,19 +86,7 @@ _LOSSES: dict[str, Loss] = {"ppo_clip": ppo_clip, "gspo": gspo, "cispo": cispo, 
 
 def loss_named(name: str) -> Loss:
     """The loss `objective.loss` names. Raises `ConfigError` if a `module:function` cannot be found."""
-    if name in _LOSSES:
-        return _LOSSES[name]
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"objective.loss: got `{name}`, expected a function that can be imported: {error}; put the "
-            "module on PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"objective.loss: got `{name}`, a {type(found).__name__}, expected a function")
-    return found
+    return _LOSSES.get(name) or find(name, "objective.loss")
 
 
 def _clipped(

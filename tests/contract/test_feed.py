@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from buffer.client import Stream
 from buffer.errors import Fenced
 from buffer.schema import Prompt
 from buffer.session import Session
 from learner.datasets import PromptOrder
+from learner.errors import LearnerError
 from learner.feed import Feeder
 from tests.contract.harness import Run
 from tests.waiting import wait_until
@@ -28,7 +31,7 @@ def test_the_queue_is_topped_up_in_the_order_of_positions(stream: Stream) -> Non
         wait_until(lambda: queued(stream) == 8, 5, "the feeder")
         leases = run.leases("a", 4)
         wait_until(lambda: queued(stream) == 8, 5, "the feeder")
-    assert feeder.error is None
+        feeder.check()
     assert [lease.prompt for lease in leases] == [ORDER.at(position) for position in range(4)]
     assert run.snapshot().number("tail") == 12
 
@@ -39,6 +42,21 @@ def test_a_feeder_of_an_older_learner_stops_and_says_so(stream: Stream) -> None:
         wait_until(lambda: queued(stream) == 2, 5, "the feeder")
         run.join_learner()
         run.leases("a", 1)
-        wait_until(lambda: feeder.error is not None, 5, "the feeder")
-    assert isinstance(feeder.error, Fenced)
+        wait_until(lambda: not feeder.is_alive(), 5, "the feeder")
+        with pytest.raises(Fenced):
+            feeder.check()
     assert queued(stream) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_feeder_that_died_is_noticed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(position: int) -> Prompt:
+        raise ZeroDivisionError(position)
+
+    Run(stream).start(prompts=0)
+    order = PromptOrder([], seed=0)
+    monkeypatch.setattr(order, "at", break_down)
+    with Feeder(_take_over(stream), order, ahead=2) as feeder:
+        wait_until(lambda: not feeder.is_alive(), 5, "the feeder")
+        with pytest.raises(LearnerError, match="has died; see above why"):
+            feeder.check()

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from buffer.client import Stream
+from buffer.local_server import LocalServer
 from launch import fleet as fleets
+from launch.config import load
 from launch.errors import LaunchError
 from launch.fleet import Fleet, Launcher, launchers, scale
+from launch.local import EvaluatorChild, Interrupt, follow
 from launch.supervise import Child, Supervisor
 from tests.contract.harness import Run
 from tests.waiting import wait_until
@@ -22,6 +25,8 @@ WAIT = "import signal; signal.signal(15, lambda *_: exit(0)); print('ready', flu
 STUBBORN = (
     "import signal; signal.signal(15, signal.SIG_IGN); print('ready', flush=True)\nwhile True: signal.pause()"
 )
+
+CONFIG = load([], ["model.path=m", "data.path=d"])
 
 
 @pytest.fixture
@@ -151,3 +156,25 @@ def test_launchers_that_do_not_follow_are_named(stream: Stream, monkeypatch: pyt
     stream.redis.hset(stream.key("fleet"), "a/1", line)
     with pytest.raises(LaunchError, match=r"not scaled after 1 s: a/1 \(wanted 3\); see their logs"):
         scale(stream, 3, lambda _: None)
+
+
+def test_a_redis_that_is_gone_does_not_keep_a_launcher_from_its_end(
+    code: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalServer.start(tmp_path / "redis") as server, Supervisor() as children:
+        stream = Stream.connect(server.socket_url, "run", patience_s=0.2)
+        stream.load_library()
+        Run(stream).start()
+        fleet = Fleet(children, stream, "", tmp_path, 1)
+        learner = children.start("learner", [sys.executable, "-c", WAIT], {}, tmp_path / "learner.log")
+        wait_until(lambda: learner.log.read_bytes(), 10, "its start")
+        with monkeypatch.context() as patch:
+            patch.setattr("launch.local.signal.signal", lambda *_: None)  # Ctrl-C stays pytest's
+            interrupt = Interrupt()
+        interrupt.asked = 1
+        server.stop()
+        with pytest.raises(LaunchError, match=r"Redis did not answer"):
+            follow(stream, [learner], fleet, interrupt, EvaluatorChild(children, CONFIG, ""))
+        fleet.stop()
+        assert [actor.returncode for actor in fleet.actors] == [0]
+        assert learner.process.wait(10) == 0, "it was asked to end"

@@ -146,7 +146,10 @@ def test_other_settings_need_a_fork(run: Run) -> None:
     step(run, session)
     run.leases("a", 1)
     other = Run(run.stream, batch=3, eta=1).rules
-    with pytest.raises(SettingsMismatch, match="batch: this run has 2, the learner asks for 3"):
+    with pytest.raises(
+        SettingsMismatch,
+        match=r"^stream.groups_per_step: this run has 2, the learner asks for 3; give .* or .*--fork",
+    ):
         Session.join(run.stream, other)
     forked = session.fork(1, "a larger batch", other)
     ledger = run.snapshot()

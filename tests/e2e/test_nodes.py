@@ -93,11 +93,7 @@ def test_two_nodes_train_what_one_does(folder: Path) -> None:
 
 
 def test_two_nodes_that_were_killed_go_on_to_the_same_bits(folder: Path) -> None:
-    """Steps after the checkpoint are trained again; a version that came out differently would be logged.
-
-    Another run would not give the same bits: ranks share groups by the size of their payloads, which hold
-    times, and sums over ranks depend on who has what.
-    """
+    """Steps after the checkpoint are trained again; a version that came out differently would be logged."""
     command = [
         "learner",
         "name=cut",

@@ -1,7 +1,7 @@
 """Holders of one version that die at a chunk: `python -m tests.faults.holder NUMBER CHUNKS`.
 
-For each chunk two processes, forked by one that has imported everything: one is killed when that chunk is
-asked of it, the other is stopped. Each prints its offer's manifest and sources, one JSON line, when it is
+For each chunk two processes, forked by one that has imported everything: one is killed when it is to
+send that chunk, the other is stopped. Each prints its offer's manifest and sources, one JSON line, when it is
 ready; all of them end with standard input.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
+from typing import BinaryIO
 
 import msgspec
 
 from buffer.process import end_with_parent
-from tests.unit.weightsync.versions import version
+from tests.unit.weightsync.versions import CHUNK, version
 from weightsync.holder import Holder
+from weightsync.image import chunk_ranges
 from weightsync.protocol import Source
 
 
@@ -31,19 +34,19 @@ class Ready(msgspec.Struct):
 
 
 class Dying(Holder):
-    """Reaches its end at the n-th chunk that is asked of it, from 0."""
+    """Reaches its end at the n-th chunk that it sends, from 0."""
 
     def __init__(self, chunk: int, action: str) -> None:
         super().__init__("127.0.0.1")
         self._left, self._signal = chunk, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
 
-    def answer(self, path: str) -> tuple[bytes | None, int, int] | None:
-        if path.endswith("/data"):
+    def send(self, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        for offset, size in chunk_ranges(count, CHUNK):
             if self._left == 0:
                 os.kill(os.getpid(), self._signal)
                 threading.Event().wait()  # a stop takes a moment to reach this thread
             self._left -= 1
-        return super().answer(path)
+            super().send(connection, image, first + offset, size)
 
 
 def hold(number: int, chunk: int, action: str) -> None:

@@ -36,6 +36,8 @@ class RealSettings(msgspec.Struct, kw_only=True):
     log: str
     folder: str
     """The run's folder, with its `config.json`."""
+    fork: int | None = None
+    """That of `learner.worker.Learner`."""
     full_after: int = 0
     """Checkpoints after which the disk is full; 0: never."""
 
@@ -65,7 +67,14 @@ class RealTrial(Trial):
             "weightsync": {"timeout_s": 1.0},
             "stream": msgspec.to_builtins(self.config),
         }
-        config = msgspec.convert(tree, RunConfig)
+        self._tree = tree
+        self.change()
+
+    def change(self, **rules: Any) -> None:
+        """Other rules of the stream, for learners and actors that are started from now on."""
+        self.config = msgspec.structs.replace(self.config, **rules)
+        self._tree["stream"] = msgspec.to_builtins(self.config)
+        config = msgspec.convert(self._tree, RunConfig)
         (self.files / "config.json").write_bytes(msgspec.json.encode(config))
 
     def learner(self, *, fault: str = "", url: str = "", **settings: Any) -> Process:

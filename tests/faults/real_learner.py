@@ -102,7 +102,8 @@ def main() -> int:
     watch(log, Faults("learner"))
     Saver.__init__.__kwdefaults__["module"] = "tests.faults.writer"
     os.environ |= {"SLIPSTREAM_REDIS": settings.url, "SLIPSTREAM_FULL_AFTER": str(settings.full_after)}
-    sys.argv = ["learner", "--folder", settings.folder]
+    fork = [] if settings.fork is None else ["--fork", str(settings.fork)]
+    sys.argv = ["learner", "--folder", settings.folder, *fork]
     code = worker.main()
     last = said.read_text().splitlines()[-1]
     log("stopped", reason=last, code=code)

@@ -1,18 +1,21 @@
-"""A Redis that can be killed, stopped, and given an older copy of its data, on the same port."""
+"""A Redis that can be killed, stopped, given an older copy of its data or no more disk, on the same port."""
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 from pathlib import Path
 from typing import Self
+from unittest import mock
 
 import redis
 
 from buffer.local_server import LocalServer
+from buffer.process import end_with_parent
 
 PASSWORD = "of-the-tests"
 
@@ -25,7 +28,10 @@ class Server:
         self._local = self._start()
 
     def _start(self) -> LocalServer:
-        return LocalServer.start(self.folder, port=self.port, appendfsync=self.appendfsync, password=PASSWORD)
+        with mock.patch("buffer.local_server.end_with_parent", _prepare):
+            return LocalServer.start(
+                self.folder, port=self.port, appendfsync=self.appendfsync, password=PASSWORD
+            )
 
     @property
     def url(self) -> str:
@@ -58,6 +64,16 @@ class Server:
         """SIGCONT."""
         os.kill(self._local.process.pid, signal.SIGCONT)
 
+    def fill_disk(self, left: int) -> int:
+        """Its files cannot grow by more than `left` bytes, for as long as it lives; waits for its end, and
+        returns its exit code."""
+        size = max(path.stat().st_size for path in (self.folder / "appendonlydir").iterdir())
+        limits = (size + left, resource.RLIM_INFINITY)
+        resource.prlimit(self._local.process.pid, resource.RLIMIT_FSIZE, limits)
+        code = self._local.process.wait(30)
+        self._local.stop()  # removes the socket
+        return code
+
     def copy(self, to: Path) -> None:
         """A copy of its data as of now."""
         self.hang()
@@ -83,6 +99,12 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._local.process.kill()
         self._local.stop()
+
+
+def _prepare() -> None:
+    """As every server starts; and a write beyond a limit fails with an error, as on a full disk."""
+    end_with_parent()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def _port() -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from buffer.ledger import violations
+from learner.checkpoint.restore import NEWEST
 from tests.faults.points import FAILED, FENCED
 from tests.faults.real import RealTrial
 from tests.faults.synchronous import synchronous
@@ -166,6 +168,69 @@ def test_payloads_that_are_gone_are_undone_by_a_fork(real_trial: Callable[..., R
     assert f"undoing {undone} steps: step 5 cannot be trained again (lost)" in said
     for actor in run.actors:
         actor.wait(0)
+
+
+def test_a_run_that_ended_is_prolonged_under_other_rules_by_a_fork(
+    real_trial: Callable[..., RealTrial],
+) -> None:
+    run = real_trial(eta=1, max_steps=4)
+    run.learner(), run.actor()
+    run.learners[0].wait(0), run.actors[0].wait(0)
+    before = run.versions()
+    run.change(max_steps=8, max_staleness=2, groups_per_step=2 * run.config.groups_per_step)
+    refused = run.learner()
+    refused.wait(FAILED)
+    assert (
+        "stream.groups_per_step: this run has 2, the learner asks for 4"
+        in (refused.events("stopped")[0]["reason"])
+    )
+    forked = run.learner(fork=NEWEST)
+    until(lambda: bool(forked.events("restored")), 40, "it goes on, and the run is no longer over for actors")
+    run.actor()
+    forked.wait(0)
+    assert forked.events("restored")[0]["version"] == 4
+    assert {len(one["groups"]) for one in forked.events("trained")} == {run.config.groups_per_step}
+    assert {version: run.versions()[version] for version in before} == before
+    assert [row["step"] for row in run.metrics()] == list(range(8))
+    assert run.ledger().number("lineage") == 1
+    run.finish()
+
+
+def test_a_fork_goes_back_to_the_version_that_is_asked_for(real_trial: Callable[..., RealTrial]) -> None:
+    """But leaves alone what actors that live go by, and where payloads lie."""
+    run = real_trial(eta=1, max_steps=STEPS, checkpoint={"every": 2, "keep_last": 9}, uncovered_max=2)
+    killed = run.learner(fault="learner:assigned:7")
+    actor = run.actor()
+    killed.wait_killed()
+    size = run.config.group_size
+    for fork, change, said in [
+        (3, {}, "--fork: got version 3, there are checkpoints of ["),
+        (2, {"shards": 2}, "stream.shards: this run has 0, the learner asks for 2; no fork changes it"),
+        (
+            2,
+            {"group_size": 5},
+            f"stream.group_size: this run has {size}, the learner asks for 5; the actors actor-0",
+        ),
+    ]:
+        kept = run.config
+        run.change(**change)
+        refused = run.learner(fork=fork)
+        refused.wait(FAILED)
+        assert said in refused.events("stopped")[0]["reason"]
+        run.config = kept
+    run.change()
+    before = run.versions()
+    forked = run.learner(fork=2)
+    forked.wait(0)
+    assert forked.events("restored")[0]["version"] == 2
+    assert [one["step"] for one in forked.events("trained")] == list(range(2, STEPS))
+    assert {version: run.versions()[version] for version in range(3)} == {
+        version: before[version] for version in range(3)
+    }
+    actor.wait(0)
+    ledger = run.ledger()
+    assert (ledger.number("lineage"), ledger.number("version")) == (1, STEPS)
+    assert violations(ledger) == []
 
 
 def test_the_batch_zero_gate_ends_a_run_before_it_trains(real_trial: Callable[..., RealTrial]) -> None:

@@ -45,6 +45,23 @@ def test_rows_7_and_8_redis_is_killed(own_server: Servers, trial: Trials, fsync:
         assert ledger.counts.dropped.get("lost", 0) == 0
 
 
+def test_row_18_the_disk_of_redis_is_full(own_server: Servers, trial: Trials) -> None:
+    """It ends rather than acknowledge what it cannot keep; with room again it has all it acknowledged."""
+    server = own_server()
+    run = trial(server, eta=2, batch=3, lease_s=5.0)
+    run.learner(step_s=0.01)
+    run.actor(), run.actor()
+    run.wait_more(3)
+    assert server.fill_disk(left=20_000) == 1
+    assert "AOF write error" in (server.folder / "redis.log").read_text().splitlines()[-1]
+    assert all(process.running for process in [*run.learners, *run.actors])
+    server.start()
+    assert run.wait_more(2, seconds=BACK_S) < BACK_S
+    ledger = run.finish()
+    assert ledger.counts.rollbacks == 0
+    assert ledger.counts.dropped.get("lost", 0) == 0
+
+
 def test_row_7_redis_is_away_at_a_read(own_server: Servers, trial: Trials) -> None:
     """A step that was assigned is read and trained once Redis is back; nobody dies of it."""
     server = own_server()

@@ -1,12 +1,15 @@
 """Weight sync between scripted processes: the real offers, agent, transports; the engine is a script.
 
-A learner offers its vector as four chunks; its point is `sending`, once for each chunk that is asked of
-it. An actor pulls, and serves a version once every byte of it is that of its digest; its point is `loading`.
+A learner offers its vector as four chunks; its point is `sending`, once for each chunk that it
+sends. An actor pulls, and serves a version once every byte of it is that of its digest; its point is
+`loading`.
 """
 
 from __future__ import annotations
 
+import socket
 from functools import partial
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -23,7 +26,7 @@ from tests.faults.points import Faults, Log
 from tests.faults.policy import SIZE, digest
 from weightsync.config import WeightSyncConfig
 from weightsync.holder import Held, Holder
-from weightsync.image import write_image
+from weightsync.image import chunk_ranges, write_image
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 from weightsync.protocol import Source
@@ -41,14 +44,14 @@ def offers(stream: Stream, epoch: int, log: Log, faults: Faults) -> Offers:
     """The learner's side."""
     weightsync.offer.write_image = partial(write_image, chunk_bytes=_CHUNK)  # type: ignore[assignment]
     made = Offers(stream, learner_epoch=epoch, config=CONFIG, log=lambda text: log("weights", text=text))
-    answer = made.holder.answer
+    send = made.holder.send
 
-    def counted(path: str) -> tuple[bytes | None, int, int] | None:
-        if path.endswith("/data"):
+    def counted(connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        for offset, size in chunk_ranges(count, _CHUNK):
             faults.at("sending")
-        return answer(path)
+            send(connection, image, first + offset, size)
 
-    made.holder.answer = counted  # type: ignore[method-assign]
+    made.holder.send = counted  # type: ignore[method-assign]
     log("serves", port=int(made.holder.url.rpartition(":")[2]))
     return made
 

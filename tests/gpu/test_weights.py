@@ -19,7 +19,7 @@ from weightsync.errors import SourceError
 from weightsync.guard import Contents, lease
 from weightsync.holder import Holder
 from weightsync.image import Image, write_image
-from weightsync.manifest import Manifest, digest_of, encode_manifest
+from weightsync.manifest import CHUNK_BYTES, Manifest, digest_of, encode_manifest
 from weightsync.on_gpu import OnGpu
 from weightsync.protocol import Source
 from weightsync.slot import Slot, opened
@@ -111,7 +111,7 @@ def test_an_engine_takes_versions_from_the_learners_gpu(
     summed = on_gpu.take(manifest, image)
     assert on_gpu.slot is not None
     with on_gpu.slot.filling(manifest.label, 1.0) as room:
-        room[40 * (16 << 20) + 5] ^= 1
+        room[40 * CHUNK_BYTES + 5] ^= 1
         torch.cuda.synchronize()
     report, exact = engine.load(summed, on_gpu.slot.guard.path, gpu=True, holds=0)
     assert "chunk 40 of" in report.problem

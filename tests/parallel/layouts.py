@@ -37,7 +37,7 @@ BY_SAMPLE = ObjectiveConfig(
 ROUTED = ObjectiveConfig(routing_replay=True)
 """Every token to experts that its record names, in what the backward pass computes again, too."""
 
-OBJECTIVES = {"terms": EVERY_TERM, "samples": BY_SAMPLE, "routed": ROUTED}
+OBJECTIVES = {"terms": EVERY_TERM, "samples": BY_SAMPLE, "routed": ROUTED, "bf16": EVERY_TERM}
 
 
 def layout(**sizes: int) -> ParallelConfig:
@@ -76,6 +76,9 @@ BY_SAMPLE_TOO = ("TP 2", "PP 2", "CP 2", "DP 2", "PP 2 CP 2", "PP 2 DP 2 EP 2")
 ROUTED_TOO = ("TP 2", "PP 2", "CP 2", "DP 2 EP 2", "TP 2 PP 2", "TP 2 CP 2", "PP 2 DP 2 EP 2")
 """Layouts in which `next` is also trained with routing replay."""
 
+BF16_TOO = ("TP 2 EP 2", "PP 2")
+"""Layouts in which `next` is also held in bf16, of which its weights are compared."""
+
 
 class Trial(NamedTuple):
     """A model trained in a layout by an objective."""
@@ -91,6 +94,11 @@ class Trial(NamedTuple):
         return self.kind == "samples"
 
     @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        return "bfloat16" if self.kind == "bf16" else "float32"
+
+    @property
     def id(self) -> str:
         return f"{self.name}-{self.case}-{self.kind}"
 
@@ -104,6 +112,8 @@ def trials(size: int) -> Iterator[Trial]:
             yield Trial(name, parallel, "next", "samples")
         if name in ROUTED_TOO:
             yield Trial(name, parallel, "next", "routed")
+        if name in BF16_TOO:
+            yield Trial(name, parallel, "next", "bf16")
 
 
 def make_checkpoints(folder: Path) -> None:

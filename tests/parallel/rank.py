@@ -137,7 +137,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         for trial in group:
             join_world(store, rank, size, trial.parallel)
             figures, tensors = train(
-                folder / trial.case, trial.parallel, OBJECTIVES[trial.kind], trial.all_calls
+                folder / trial.case, trial.parallel, OBJECTIVES[trial.kind], trial.all_calls, trial.dtype
             )
             keep(folder / trial.id, rank, figures, tensors)
         parallel_state.destroy_model_parallel()

@@ -19,7 +19,9 @@ from tests.parallel.layouts import OBJECTIVES, PLANS, Trial, make_checkpoints, t
 from tests.parallel.rank import train
 
 ROOT = Path(__file__).parents[2]
-TRIALS = [pytest.param(size, trial, id=trial.id) for size in PLANS for trial in trials(size)]
+ALL = [(size, trial) for size in PLANS for trial in trials(size)]
+TRIALS = [pytest.param(size, trial, id=trial.id) for size, trial in ALL if trial.dtype == "float32"]
+BF16 = [pytest.param(size, trial, id=trial.id) for size, trial in ALL if trial.dtype == "bfloat16"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +61,9 @@ class Worlds:
         key = trial.case, trial.kind
         if key not in self._alone:
             objective = OBJECTIVES[trial.kind]
-            self._alone[key] = train(self.folder / trial.case, ParallelConfig(), objective, trial.all_calls)
+            self._alone[key] = train(
+                self.folder / trial.case, ParallelConfig(), objective, trial.all_calls, trial.dtype
+            )
         return self._alone[key]
 
 
@@ -125,3 +129,13 @@ def test_what_was_loaded_onto_ranks_comes_back_bit_by_bit(worlds: Worlds, size: 
     assert exported.keys() == {name for name in stored.shapes if not name.startswith("mtp.")}
     for name, tensor in exported.items():
         assert torch.equal(tensor, stored.tensor(name)), name
+
+
+@pytest.mark.parametrize(("size", "trial"), BF16)
+def test_bf16_weights_are_put_together_in_their_own_dtypes(worlds: Worlds, size: int, trial: Trial) -> None:
+    tensors, expected = worlds.of(size, trial)[1], worlds.alone(trial)[1]
+    weights = {name: tensor for name, tensor in expected.items() if name.startswith("weight ")}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
+    for name, tensor in weights.items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name

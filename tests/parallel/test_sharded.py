@@ -28,7 +28,7 @@ def check(folder: Path, dtype: str, layouts: Sequence[str], exact: bool = True) 
     for key, tensor in saved.items():
         away = (tensor.float() - right[key].float()).norm() / right[key].float().norm().clamp(min=1e-9)
         rounded = dtype == "bfloat16" and ".exp_avg" in key  # gradients of bf16, and their squares
-        assert away < (0.3 if rounded else limit), key
+        assert away < (0.15 if rounded else limit), key
     for number in range(1, len(layouts)):
         other = held(folder, dtype, number)
         assert all(torch.equal(other[key], tensor) for key, tensor in saved.items()), layouts[number]
@@ -42,6 +42,10 @@ def check(folder: Path, dtype: str, layouts: Sequence[str], exact: bool = True) 
 
 
 def test_every_layout_goes_on_from_a_sharded_optimizer(tmp_path: Path) -> None:
-    """In bf16, whose optimizer holds fp32 weights of most parameters and is mixed with fp32 gates."""
-    make_family("qwen3_next", tmp_path / "model", num_key_value_heads=4)
+    """In bf16, whose optimizer holds fp32 weights of most parameters and is mixed with fp32 gates.
+
+    Every expert is chosen, so that no rounding decides where a token goes.
+    """
+    experts = {"num_experts": 4, "num_experts_per_tok": 4}
+    make_family("qwen3_next", tmp_path / "model", num_key_value_heads=4, **experts)
     check(tmp_path, "bfloat16", ["DP 2 EP 2", "TP 2"])

@@ -21,7 +21,7 @@ from weightsync.image import Image, populate
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
-from weightsync.transports.peer import ask, connected
+from weightsync.transports.peer import answers, ask, connected
 
 WORTH = 0.5
 """A delta of more than this part of the image is not offered: a full pull is then the simpler way."""
@@ -51,9 +51,10 @@ class Delta:
         held = staging.parent.readable()
         old = memoryview(held)
         with connected(source, self._timeout_s) as connection:
-            for number in staging.missing():
+            numbers = staging.missing()
+            paths = [f"/{version}/delta/{number}" for number in numbers]
+            for number, changed in zip(numbers, answers(connection, source, paths), strict=True):
                 chunk = staging.manifest.chunks[number]
-                changed = ask(connection, source, f"/{version}/delta/{number}")
                 populate(held, chunk.offset, chunk.size)
                 with staging.room(number) as room:
                     decode(changed, old[chunk.offset : chunk.offset + chunk.size], room)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from math import prod
 from pathlib import Path
 
 import msgspec
 
 from weightsync.errors import SourceError
-from weightsync.image import Image
+from weightsync.image import Image, chunk_ranges, populate, write_all
 from weightsync.manifest import Manifest, encode_manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -80,6 +82,22 @@ def header_of(manifest: Manifest) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _write(file: FileIO, header: bytes, image: Image) -> None:
+    """Writes header and image to the disk itself: a thread has it begin while more is to come."""
+    mapping, descriptor, start = image.readable(), file.fileno(), file.write(header)
+    syncing = Future[None]()
+    syncing.set_result(None)
+    with ThreadPoolExecutor(1, "weights-sync") as thread:
+        for offset, size in chunk_ranges(image.size):
+            populate(mapping, offset, size)
+            write_all(descriptor, start + offset, memoryview(mapping)[offset : offset + size])
+            if syncing.done():
+                syncing.result()
+                syncing = thread.submit(os.fdatasync, descriptor)
+    syncing.result()
+    os.fsync(descriptor)
+
+
 def save(root: Path, manifest: Manifest, image: Image, keep: int) -> Source:
     """Writes a version and removes all but the last `keep`; others see it whole or not at all."""
     folder = root / f"{manifest.version:08d}-{manifest.epoch}"
@@ -88,11 +106,7 @@ def save(root: Path, manifest: Manifest, image: Image, keep: int) -> Source:
     part.mkdir(parents=True)
     (part / _MANIFEST).write_bytes(encode_manifest(manifest))
     with (part / _WEIGHTS).open("wb", buffering=0) as file:
-        file.write(header_of(manifest))
-        sent = 0
-        while sent < image.size:  # from memory file to file: nothing is mapped
-            sent += os.sendfile(file.fileno(), image.descriptor, sent, image.size - sent)
-        os.fsync(file.fileno())
+        _write(file, header_of(manifest), image)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     versions = [path for path in root.iterdir() if not path.name.startswith(".")]

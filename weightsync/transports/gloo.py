@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsync.errors import SourceError
 from weightsync.image import Image, populate
@@ -23,7 +23,11 @@ from weightsync.transports import round as rounds
 from weightsync.transports.peer import Peer
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroupGloo, Store
+    import torch
+    from torch.distributed import ProcessGroupGloo, Store, Work
+
+_AHEAD = 1
+"""Chunks whose broadcast has begun before the one before has ended."""
 
 
 class Gloo:
@@ -54,15 +58,12 @@ class Gloo:
             store = rounds.store_of(source, timeout)
             rank, size = rounds.joined(self.kind, store, version)
             group = _group(store, rank, size, _own_address(host, int(port)), timeout)
-            # Not into the room itself: a broadcast that failed may still write to where it was told to.
-            buffer = torch.empty(staging.manifest.chunks[0].size, dtype=torch.uint8)
             for number in staging.missing():
-                part = buffer[: staging.manifest.chunks[number].size]
-                _broadcast(group, part, timeout)
-                with staging.room(number) as room:
-                    room[:] = memoryview(part.numpy())
+                room = torch.frombuffer(staging.room(number), dtype=torch.uint8)
+                _broadcast(group, room, timeout).wait(timeout)
                 staging.keep(number)
         except RuntimeError as error:
+            staging.abandon()  # a broadcast that failed may still write to where it was told to
             told = str(error).partition("\n")[0]
             raise SourceError(
                 f"gloo: {source.host}: {told}; the learner, or another agent, is gone"
@@ -88,9 +89,14 @@ class Round(rounds.Round):
         group = _group(store, 0, size, self._address, self.timeout)
         assert self._map is not None
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        sending: list[Work] = []
         for chunk in self._manifest.chunks:
-            populate(self._map, chunk.offset, chunk.size)
-            _broadcast(group, whole[chunk.offset : chunk.offset + chunk.size], self.timeout)
+            populate(self._map, chunk.offset, chunk.size)  # while the one before is on its way
+            sending.append(_broadcast(group, whole[chunk.offset : chunk.offset + chunk.size], self.timeout))
+            if len(sending) > _AHEAD:
+                sending.pop(0).wait(self.timeout)
+        for work in sending:
+            work.wait(self.timeout)
 
     def ended(self) -> None:
         """The image is left to its holder."""
@@ -106,12 +112,13 @@ def _group(store: Store, rank: int, size: int, address: str, timeout: timedelta)
     return ProcessGroupGloo(store, rank, size, options)
 
 
-def _broadcast(group: ProcessGroupGloo, tensor: Any, timeout: timedelta) -> None:
+def _broadcast(group: ProcessGroupGloo, tensor: torch.Tensor, timeout: timedelta) -> Work:
+    """Begins a broadcast from rank 0."""
     from torch.distributed import BroadcastOptions
 
     options = BroadcastOptions()
     options.rootRank, options.rootTensor, options.timeout = 0, 0, timeout
-    group.broadcast([tensor], options).wait(timeout)
+    return group.broadcast([tensor], options)
 
 
 def _own_address(host: str, port: int) -> str:

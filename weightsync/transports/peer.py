@@ -1,15 +1,16 @@
 """Pulling ranges over TCP from the learner, or from any agent that holds the version.
 
-Chunk after chunk over one connection; what was verified stays, so a pull goes on where it broke off, also
-from another holder.
+One request for all that is missing in a row; what was verified stays, so a pull goes on where it broke off,
+also from another holder.
 """
 
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from itertools import groupby
 from urllib.parse import urlsplit
 
 from weightsync.errors import SourceError
@@ -36,14 +37,18 @@ class Peer:
             return ask(connection, source, f"/{version}/manifest")
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
-        """Every missing chunk as a range of the holder's image."""
+        """The missing chunks as ranges of the holder's image."""
         with connected(source, self._timeout_s) as connection:
-            for number in staging.missing():
-                chunk = staging.manifest.chunks[number]
-                wanted = {"Range": f"bytes={chunk.offset}-{chunk.offset + chunk.size - 1}"}
-                with staging.room(number) as room:
-                    _read(connection, source, f"/{version}/data", wanted, room)
-                staging.keep(number)
+            for run in _runs(staging.missing()):
+                first, last = staging.manifest.chunks[run[0]], staging.manifest.chunks[run[-1]]
+                wanted = {"Range": f"bytes={first.offset}-{last.offset + last.size - 1}"}
+                path = f"/{version}/data"
+                response = _answer(connection, source, path, wanted, HTTPStatus.PARTIAL_CONTENT)
+                for number in run:
+                    with staging.room(number) as room:
+                        _read(response, source, room)
+                    staging.keep(number)
+                response.read()
 
 
 @contextmanager
@@ -65,6 +70,19 @@ def ask(connection: http.client.HTTPConnection, source: Source, path: str) -> by
     return _answer(connection, source, path, {}, HTTPStatus.OK).read()
 
 
+def answers(connection: http.client.HTTPConnection, source: Source, paths: Iterable[str]) -> Iterator[bytes]:
+    """The answers to requests, in order; while one is used, the next is on its way."""
+    left = iter(paths)
+    path = next(left, None)
+    if path is not None:
+        _request(connection, source, path)
+    while path is not None:
+        answer, path = _response(connection, source, path, HTTPStatus.OK).read(), next(left, None)
+        if path is not None:
+            _request(connection, source, path)
+        yield answer
+
+
 def _answer(
     connection: http.client.HTTPConnection,
     source: Source,
@@ -72,7 +90,17 @@ def _answer(
     headers: dict[str, str],
     expected: HTTPStatus,
 ) -> http.client.HTTPResponse:
+    _request(connection, source, path, **headers)
+    return _response(connection, source, path, expected)
+
+
+def _request(connection: http.client.HTTPConnection, source: Source, path: str, **headers: str) -> None:
     connection.request("GET", path, headers={"Authorization": f"Bearer {source.token}", **headers})
+
+
+def _response(
+    connection: http.client.HTTPConnection, source: Source, path: str, expected: HTTPStatus
+) -> http.client.HTTPResponse:
     response = connection.getresponse()
     if response.status != expected:
         raise SourceError(
@@ -82,19 +110,24 @@ def _answer(
     return response
 
 
-def _read(
-    connection: http.client.HTTPConnection,
-    source: Source,
-    path: str,
-    headers: dict[str, str],
-    room: memoryview,
-) -> None:
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Numbers in order, those in a row together.
+
+    >>> _runs([0, 1, 2, 5, 7, 8])
+    [[0, 1, 2], [5], [7, 8]]
+    """
+    rows = groupby(enumerate(numbers), lambda place: place[1] - place[0])
+    return [[number for _, number in row] for _, row in rows]
+
+
+def _read(response: http.client.HTTPResponse, source: Source, room: memoryview) -> None:
     """Reads exactly what there is room for."""
-    response = _answer(connection, source, path, headers, HTTPStatus.PARTIAL_CONTENT)
     filled = 0
     while filled < len(room):
         count = response.readinto(room[filled:])
         if not count:
-            raise SourceError(f"peer: {source.address}: broke off after {filled} of {len(room)} bytes")
+            raise SourceError(
+                f"peer: {source.address}: broke off after {filled} of {len(room)} bytes; "
+                "its holder is gone or slow"
+            )
         filled += count
-    response.read()

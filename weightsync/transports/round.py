@@ -16,8 +16,8 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 GATHER_S = 0.5
 """How long a round waits for others once the first agent has come."""
-_LOOK_S = 0.02
+_LOOK = timedelta(seconds=0.5)
+"""How often a round that nobody comes to looks whether it is closed."""
 
 
 class Round(ABC):
@@ -101,14 +102,12 @@ class Round(ABC):
 
     def _gather(self) -> int:
         """How many agents have come."""
-        deadline = None
+        from torch.distributed import DistStoreError
+
         while not self._closed.is_set():
-            joined = self._store.add("joined", 0)
-            if joined and deadline is None:
-                deadline = time.monotonic() + GATHER_S
-            if deadline is not None and time.monotonic() > deadline:
-                return joined
-            time.sleep(_LOOK_S)
+            with suppress(DistStoreError):
+                self._store.wait(["joined"], _LOOK)
+                return 0 if self._closed.wait(GATHER_S) else self._store.add("joined", 0)
         return 0
 
 

@@ -37,6 +37,13 @@ def test_an_overload_always_takes_at_least_one_place() -> None:
     assert next_limit(5, BUSY, config, short=True, group_size=16) == 4
 
 
+async def begun(slots: Slots) -> Place:
+    """A place for a group that is being generated."""
+    place = await slots.acquire()
+    await place.begin()
+    return place
+
+
 async def test_places_follow_the_engine() -> None:
     """An engine that bears 7 groups of 16: the number climbs to it, is halved above it, climbs again."""
     slots, limits, places = Slots(2), list[int](), list[Place]()
@@ -44,7 +51,7 @@ async def test_places_follow_the_engine() -> None:
     async def load() -> Load:
         limits.append(slots.limit)
         while slots.taken < slots.limit:  # there are leases for every place, and for more
-            places.append(await slots.acquire())
+            places.append(await begun(slots))
         while slots.taken > slots.limit:
             places.pop().release()
         waiting = max(0, 16 * (slots.taken - 7))
@@ -60,10 +67,10 @@ async def test_places_follow_the_engine() -> None:
 
 async def test_a_place_is_waited_for_and_a_lower_limit_takes_none_away() -> None:
     slots = Slots(2)
-    first = await slots.acquire()
+    first = await begun(slots)
     assert not slots.was_short()
-    await slots.acquire()
-    waiting = asyncio.create_task(slots.acquire())
+    await begun(slots)
+    waiting = asyncio.create_task(begun(slots))
     await asyncio.sleep(0)
     assert (slots.taken, waiting.done(), slots.was_short()) == (2, False, True)
     slots.limit = 1
@@ -79,14 +86,14 @@ async def test_a_place_is_waited_for_and_a_lower_limit_takes_none_away() -> None
 async def test_a_generated_group_leaves_its_place_to_as_many_others_as_there_are_places() -> None:
     """What is slow then is the reward, so the engine's load does not count as what held groups back."""
     slots = Slots(1)
-    first = await slots.acquire()
+    first = await begun(slots)
     first.generated()
     first.generated()
     assert (slots.taken, slots.behind) == (0, 1)
-    second = await asyncio.wait_for(slots.acquire(), 1)
+    second = await asyncio.wait_for(begun(slots), 1)
     second.generated()
     assert not slots.was_short()
-    waiting = asyncio.create_task(slots.acquire())
+    waiting = asyncio.create_task(begun(slots))
     await asyncio.sleep(0)
     assert (slots.taken, slots.behind, waiting.done(), slots.was_short()) == (0, 2, False, False)
     first.release()
@@ -95,6 +102,32 @@ async def test_a_generated_group_leaves_its_place_to_as_many_others_as_there_are
     second.release()
     third.release()
     assert (slots.taken, slots.behind) == (0, 0)
+
+
+async def test_one_group_in_advance_begins_when_another_is_generated() -> None:
+    """It is over the limit of what is generated, not of what is scored; no second one is ahead of it."""
+    slots = Slots(1)
+    first = await begun(slots)
+    assert slots.full
+    second = await asyncio.wait_for(slots.acquire(advance=True), 1)
+    beginning = asyncio.create_task(second.begin())
+    third = asyncio.create_task(slots.acquire(advance=True))
+    await asyncio.sleep(0)
+    assert (slots.ahead, slots.taken, beginning.done(), third.done()) == (1, 1, False, False)
+    first.generated()
+    await asyncio.wait_for(beginning, 1)
+    third_place = await asyncio.wait_for(third, 1)
+    assert (slots.ahead, slots.taken, slots.behind) == (1, 1, 1)
+    second.generated()
+    fourth = asyncio.create_task(slots.acquire(advance=True))
+    await asyncio.sleep(0)
+    assert (slots.full, slots.taken, fourth.done()) == (True, 0, False), "two behind, one ahead are all"
+    first.release()
+    await asyncio.wait_for(fourth, 1)
+    third_place.release()
+    second.release()
+    fourth.result().release()
+    assert (slots.ahead, slots.taken, slots.behind, slots.full) == (0, 0, 0, False)
 
 
 async def test_an_engine_that_does_not_say_its_load_changes_nothing() -> None:

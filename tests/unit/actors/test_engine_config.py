@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from actors.config import EngineConfig, SamplingConfig
+from actors.config import OURS, EngineConfig, SamplingConfig
 from actors.server import command, environment
 
 
@@ -53,9 +53,24 @@ def test_ranks_of_a_cpu_engine_need_no_numa_node_each() -> None:
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment(EngineConfig())
 
 
-def test_a_second_file_of_options_is_refused() -> None:
-    with pytest.raises(msgspec.ValidationError, match=r"server_args: got 'config'.*one by one"):
-        msgspec.convert({"server_args": {"config": "mine.yaml"}}, EngineConfig)
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *OURS.items(),
+        ("speculative-algorithm", "weights of a draft, multi-token prediction too, are not sent"),
+    ],
+)
+def test_an_option_that_is_not_the_users_is_refused_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=f"server_args: got '{name}', .*{why}.*; remove it"):
+        msgspec.convert({"server_args": {"tp-size": 2, name: "x"}}, EngineConfig)
+
+
+def test_an_engine_listens_on_loopback_and_takes_weights_by_our_loader_whatever_is_asked() -> None:
+    line = command(Path("m"), EngineConfig(), port=1, seed=2, load_format="dummy")
+    assert [line[line.index(f"--{name}") + 1] for name in ("host", "port", "load-format")] == [
+        *("127.0.0.1", "1", "dummy")
+    ]
+    assert {f"--{name}" for name in OURS} - {"--config", "--api-key", "--admin-api-key"} <= set(line)
 
 
 def test_a_pause_that_would_falsify_records_is_refused_with_the_reason() -> None:

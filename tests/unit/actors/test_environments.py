@@ -89,23 +89,27 @@ async def test_a_conversation_ends_after_max_turns_or_without_room(tools: ToolUs
 
 
 async def test_a_tool_that_hangs_or_floods_costs_its_call_alone() -> None:
-    tools = ToolUse(limits={"workers": 1, "deadline_s": 1.0}, output_characters=150)
+    """Only what hangs meets a deadline; what ends by itself has one that it cannot meet on a busy machine."""
 
-    async def output(code: str) -> str:
+    async def output(tools: ToolUse, code: str) -> str:
         call = f'<tool_call>{{"name": "python", "arguments": {{"code": "{code}"}}}}</tool_call>'
         turns = await tools.run(Prompt(0, [5, 6], ""), policy(ScriptedEngine(said(call), said("")), 1000))
         return LETTERS.decode(turns[2].tokens)
 
-    assert await output("print(6*7)") == "42\n"
-    assert await output("while True: pass") == "error: deadline: no answer within 1 s"
-    assert await output("while True: print(0)") == "0\n" * 75
+    hasty = ToolUse(limits={"workers": 1, "deadline_s": 0.5})
+    for _ in range(2):
+        assert await output(hasty, "while True: pass") == "error: deadline: no answer within 0.5 s"
+    await hasty.close()
+
+    tools = ToolUse(limits={"workers": 1, "deadline_s": 120.0}, output_characters=150)
+    assert await output(tools, "while True: print(0)") == "0\n" * 75
     stubborn = r"while True:\n try: print(0, flush=True)\n except OSError: pass"
-    assert await output(stubborn) == "0\n" * 75
-    assert await output("x = 'y' * (1 << 30)") == (
+    assert await output(tools, stubborn) == "0\n" * 75
+    assert await output(tools, "x = 'y' * (1 << 30)") == (
         'Traceback (most recent call last):\n  File "<string>", line 1, in <module>\nMemoryError\n'
     )
-    assert "NameError: name 'x' is not defined" in (await output("print(x)"))
-    assert await output("print(7)") == "7\n"
+    assert "NameError: name 'x' is not defined" in (await output(tools, "print(x)"))
+    assert await output(tools, "print(7)") == "7\n"
     await tools.close()
 
 

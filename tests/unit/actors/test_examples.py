@@ -20,9 +20,12 @@ from actors.environments.text import Tokens
 from actors.rewards.pool import RewardPool
 from actors.rollout import rollout
 from buffer.schema import Prompt
+from examples.custom_loss import lenient
 from examples.tool_use import main
 from launch.config import load
 from launch.tiny_model import EOS_ID, make_tiny_qwen3
+from learner.config import ObjectiveConfig
+from learner.objective.losses import loss_named
 from learner.tokenizer import Tokenizer
 from tests.unit.actors.scripted import LEASE, Letters, ScriptedEngine, recipe, said
 
@@ -30,6 +33,7 @@ ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LAST_LINES = {
+    "custom_loss": "loss -0.833, gradient [-0.333, -0.667, 0.167]",
     "custom_reward": "0.10 {'correct': 0.1, 'correct.correct': 0.0, 'correct.format': 1.0, 'sound': 0.0",
     "custom_environment": "policy 37, environment '', award 0.8",
     "custom_tool": "error: raised: KeyError: 'yard' (custom_tool.py:",
@@ -52,6 +56,14 @@ def test_an_example_is_short_and_runs(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"examples.{path.stem}", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].startswith(LAST_LINES[path.stem])
+
+
+def test_the_loss_is_one_that_a_run_may_name() -> None:
+    toml = (
+        (ROOT / "examples/custom_loss.py").read_text().partition("PYTHONPATH:\n")[2].partition("\n`python")[0]
+    )
+    config = msgspec.convert(tomllib.loads(textwrap.dedent(toml))["objective"], ObjectiveConfig)
+    assert loss_named(config.loss) is lenient
 
 
 async def test_the_reward_scores_as_configured() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from typing import Any
 
@@ -203,3 +204,12 @@ def test_length() -> None:
     for cushion in (0, 101):
         with pytest.raises(RewardError, match="cushion"):
             overlong("", "", tokens=1, longest=100, cushion=cushion)
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "actors.rewards.verify", raising=False)
+    with pytest.raises(
+        LoadError, match=r"rollout.reward: cannot load .*; install the extra: slipstream\[math\]"
+    ):
+        scorer("actors.rewards:math_verify")

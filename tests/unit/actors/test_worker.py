@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, call
@@ -13,12 +15,13 @@ import pytest
 
 from actors.config import EngineConfig, LimitsConfig, RolloutConfig
 from actors.errors import EngineError, LoadError
+from actors.fetch import Settings
 from actors.rewards.pool import Verdict
-from actors.worker import Actor, Settings
-from buffer.admission import Drop
+from actors.worker import Actor, _cancel
+from buffer.admission import Admit, Drop
 from buffer.codec import decode
 from buffer.config import StreamConfig
-from buffer.members import Beat
+from buffer.members import Beat, Leave, Left
 from buffer.schema import Group
 from buffer.stream import Published
 from launch.tiny_model import make_tiny_qwen3
@@ -164,6 +167,7 @@ async def test_a_group_that_is_being_scored_leaves_the_engine_to_another(tmp_pat
     task = asyncio.create_task(actor._work(engine, LEASE, recipe, place))  # type: ignore[arg-type]
     actor._tasks[LEASE.token] = task
     second = await asyncio.wait_for(actor._slots.acquire(), 5)
+    await second.begin()
     assert (task.done(), actor._slots.taken, actor._slots.behind) == (False, 1, 1)
     scoring.set()
     await task
@@ -191,3 +195,113 @@ async def test_a_lost_lease_ends_its_group_unless_that_is_being_published(
     beating.cancel()
     await asyncio.wait([task, beating])
     assert task.cancelled() != publishing
+
+
+class Granting(Written):
+    """A stream that grants or refuses leases as it was told, and remembers what was waited for."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__()
+        self.answers, self.asked, self.taken = list(answers), 0, 0
+
+    async def call(self, call: Any) -> Any:
+        if not isinstance(call, Admit):
+            return await super().call(call)
+        self.asked += 1
+        if not self.answers:
+            await asyncio.Event().wait()
+        reason = self.answers.pop(0)
+        if reason:
+            return msgspec.structs.replace(LEASE, status="wait", reason=reason, token="")
+        group = f"0000-00000000{self.asked:02}-00"
+        return msgspec.structs.replace(LEASE, token=f"{self.asked}:x", group=group, position=self.asked)
+
+    async def take(self, key: str, seconds: float) -> None:
+        self.taken += 1
+
+
+class Held(ScriptedEngine):
+    """Answers a prompt when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free: asyncio.Queue[None] = asyncio.Queue()
+
+    async def generate(self, prompt: Any, seeds: Any, sampling: Any) -> Any:
+        self.asked.append((prompt, list(seeds), sampling))
+        await self.free.get()
+        return [said("a") for _ in seeds]
+
+
+@contextlib.asynccontextmanager
+async def leasing(
+    folder: Path, stream: Granting, eta: int = 1
+) -> AsyncIterator[tuple[Actor, Held, asyncio.Task[None]]]:
+    """An actor that asks for leases, for two groups at a time, and the task that does."""
+    model = make_tiny_qwen3(folder / "model", seed=0)
+    rules = StreamConfig(group_size=2, max_staleness=eta)
+    settings = Settings(3, rules, RolloutConfig(concurrency=2, reward={}), EngineConfig())
+    actor, engine = Actor(stream, "actor-0", settings, model, folder), Held()  # type: ignore[arg-type]
+    actor.epoch = "2:x"
+    actor._on_applied(LEASE.version)
+    asking = asyncio.create_task(actor._lease(engine, AsyncMock()))  # type: ignore[arg-type]
+    yield actor, engine, asking
+    await _cancel(asking, *actor._tasks.values())
+    await actor._rewards.close()
+
+
+async def settled() -> None:
+    """All that can go on without waiting has."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_a_lease_in_advance_begins_when_a_group_ends_and_one_alone(tmp_path: Path) -> None:
+    """The request goes out before the next lease is there."""
+    stream = Granting("", "", "")
+    async with leasing(tmp_path, stream) as (actor, engine, _):
+        await settled()
+        assert (stream.asked, len(actor._tasks), len(engine.asked)) == (3, 3, 2)
+        engine.free.put_nowait(None)
+        await settled()
+        assert (stream.asked, len(stream.groups), len(engine.asked)) == (4, 1, 3)
+        assert (actor._slots.ahead, actor._slots.taken, actor._ahead) == (1, 2, set())
+
+
+async def test_where_leases_are_short_none_is_taken_in_advance(tmp_path: Path) -> None:
+    """After a refusal the next one is asked for when it can begin, and then no freed place is waited for."""
+    stream = Granting("", "", "full", "", "full")
+    async with leasing(tmp_path, stream) as (actor, engine, _):
+        await settled()
+        assert (stream.asked, stream.taken, actor._slots.ahead) == (3, 0, 0)
+        engine.free.put_nowait(None)
+        await settled()
+        assert (stream.asked, stream.taken, len(engine.asked)) == (5, 0, 3)
+        engine.free.put_nowait(None)
+        await settled()
+        assert (stream.asked, stream.taken) == (6, 0), "this one could begin at once"
+
+
+async def test_synchronous_training_takes_none_in_advance(tmp_path: Path) -> None:
+    stream = Granting("", "", "")
+    async with leasing(tmp_path, stream, eta=0) as (actor, _, _):
+        await settled()
+        assert (stream.asked, actor._slots.ahead, actor._slots.taken) == (2, 0, 2)
+
+
+async def test_an_actor_that_drains_hands_back_at_once_what_has_not_begun(tmp_path: Path) -> None:
+    """And finishes what has, while its heartbeats renew that alone."""
+    stream = Granting("", "", "")
+    async with leasing(tmp_path, stream) as (actor, engine, asking):
+        await settled()
+        await _cancel(asking)
+        stream.call = AsyncMock(return_value=Left(0))  # type: ignore[method-assign]
+        draining = asyncio.create_task(actor._drain())
+        await settled()
+        assert stream.call.call_args_list == [call(Drop("actor-0", "2:x", "3:x", "released"))]
+        assert (sorted(actor._tasks), draining.done()) == (["1:x", "2:x"], False)
+        engine.free.put_nowait(None)
+        engine.free.put_nowait(None)
+        await draining
+        assert (len(stream.groups), len(engine.asked)) == (2, 2)
+        assert stream.call.call_args_list[1:] == [call(Leave("actor", "actor-0", "2:x"))]

@@ -59,6 +59,12 @@ def test_packing() -> None:
     assert figures["by_tokens"] < figures["in_turn"]
 
 
+def test_rollout() -> None:
+    result = quick("rollout")
+    assert result["ours_ms"] > result["encode_ms"] > 0
+    assert result["ours_to_json"] == result["ours_ms"] / result["json_ms"]
+
+
 @pytest.mark.parametrize(("median", "spread"), [(100, 0.4), (300, 1.0)])
 def test_packed_batches_are_hardly_padded(median: float, spread: float) -> None:
     found = waste(rows_of(log_normal(median, spread, 4000)))

@@ -13,7 +13,7 @@ from launch.cli import build_parser, main
 RUN = ["--config", "--dry-run", "--json"]
 OPTIONS = {
     "demo": [*RUN, "--data", "--name", "--seed", "--actors", "--family", "--record"],
-    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet"],
+    "learner": [*RUN, "--redis", "--nodes", "--nproc-per-node", "--node", "--meet", "--fork"],
     "actors": ["--count", "--run", "--redis"],
     "scale": ["--run", "--redis"],
     "redis": ["--port", "--folder", "--users"],
@@ -63,6 +63,7 @@ def test_the_options_are_these() -> None:
         (["actors", "--count", "0", "--redis", "redis://127.0.0.1:1"], "--count: got 0, expected 1 or more"),
         (["learner", "model.path=m", "--redis", "redis://127.0.0.1:1"], "missing required field `data`"),
         (["demo", "--dry-run", "stream.eta=1"], "unknown field `eta`"),
+        (["learner", "--fork", "x"], "--fork: got x, expected the version of a checkpoint, or newest"),
         (["learner", "--nodes", "0"], "--nodes / --nproc-per-node: got 0 / 1, expected 1 or more"),
         (["learner", "--nodes", "2", "--node", "2"], "--node: got 2, expected 0 to 1 with --nodes 2"),
         (["learner", "--nodes", "2", "--node", "1"], "--meet: got '' with --node, expected HOST:PORT"),
@@ -88,6 +89,14 @@ def test_the_options_are_these() -> None:
             ["data", "--out", "d", "--verifiers", "a:b", "--reasoning-gym", "t"],
             "--reasoning-gym and --verifiers: expected one of them",
         ),
+        (
+            ["data", "--out", "d", "--verifiers", "a:b", "--seed", "1"],
+            "--seed: got 1 with --verifiers, whose data are the environment's own",
+        ),
+        (["demo", "redis.url=redis://:secret@h:1"], "redis.url: got redis://:***@h:1, but the demo starts"),
+        (["demo", "--family", "qwen3", "model.path=m"], "--family: got qwen3 with model.path m, so none is"),
+        (["verify", "--samples", "3"], "--samples: got 3 without --weights, expected no such option"),
+        (["inspect", "--requeue", "1-1", "--json"], "--requeue: got one with --dead, --out or --json"),
         (["model", "--out", "m", "--family", "llama"], "--family: got 'llama', expected qwen3, qwen3_moe"),
     ],
 )

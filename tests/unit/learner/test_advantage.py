@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from learner.advantage import advantages
-from learner.errors import BatchError
+from learner.config import ObjectiveConfig
+from learner.errors import BatchError, ConfigError
 
 REWARDS = [np.array([1.0, 0.0, 0.25, 1.0]), np.array([0.3, 0.7])]
 
@@ -79,3 +80,37 @@ def test_a_rank_without_groups_still_takes_part_in_the_sums() -> None:
 
     assert advantages("reinforce_pp", [], add) == []
     assert calls == [2, 1]
+
+
+def ranks(rewards: np.ndarray) -> np.ndarray:
+    """Of the user's own: the place among the others."""
+    return rewards.argsort().argsort() - (len(rewards) - 1) / 2
+
+
+def too_few(rewards: np.ndarray) -> list[float]:
+    return [0.0]
+
+
+def infinite(rewards: np.ndarray) -> np.ndarray:
+    return rewards + np.inf
+
+
+def test_a_function_of_ones_own() -> None:
+    name = ObjectiveConfig(advantage=f"{__name__}:ranks").advantage
+    found = advantages(name, [np.array([0.2, 0.9, 0.4]), np.full(3, 0.1)])
+    assert [values.tolist() for values in found] == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("function", ["too_few", "infinite"])
+def test_a_function_of_ones_own_gives_a_finite_number_each(function: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective.advantage: `{__name__}:{function}` returned .*"):
+        advantages(f"{__name__}:{function}", REWARDS)
+
+
+def test_an_advantage_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"objective.advantage: got `gae`, expected `grpo`, .* or a function"
+    ):
+        ObjectiveConfig(advantage="gae")
+    with pytest.raises(ConfigError, match=r"objective.advantage: got `os:nothing`, .* on PYTHONPATH"):
+        advantages("os:nothing", REWARDS)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.convert.hf import HfFolder
 from learner.model.forward import target_logprobs
 from learner.model.routing import replay_routing
 from learner.packing import Row, pack, row_of_tokens
 from learner.step import Trainer
-from tests.unit.learner.families import make_family
+from tests.unit.learner.families import make_family, stored_tensors
 from tests.unit.learner.test_checkpoint import save
 from tests.unit.learner.test_step import batch_of, digest
 
@@ -138,6 +139,20 @@ def test_gates_stay_in_fp32(tmp_path: Path) -> None:
     assert len(exact) == 3 * 2 + 4  # decays of three layers, routers of four
     assert all(name.endswith(("A_log", "dt_bias", "router.weight")) for name in exact)
     assert {dtypes[name] for name in dtypes.keys() - exact} == {torch.bfloat16}
+
+
+def test_an_export_has_the_dtypes_of_the_model(tmp_path: Path) -> None:
+    """So a version is as large as the model, and its file what transformers calls a bf16 checkpoint."""
+    theirs = rounded_family("qwen3_next", tmp_path / "model")
+    trainer = make_trainer(tmp_path / "model")
+    trainer.save(tmp_path / "export")
+    exact = ("A_log", "dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
+    exported, stored = trainer.export(), HfFolder(tmp_path / "export")
+    for name, expected in stored_tensors(theirs).items():
+        kind = torch.float32 if name.endswith(exact) else torch.bfloat16
+        assert (exported[name].dtype, stored.dtype(name)) == (kind, kind), name
+        assert torch.equal(exported[name].float(), expected), name
+        assert torch.equal(stored.tensor(name), exported[name]), name
 
 
 def test_steps_too_small_for_bf16_add_up(tmp_path: Path) -> None:

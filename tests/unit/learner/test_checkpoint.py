@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,10 +20,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from learner.checkpoint import folder as folders
+from learner.checkpoint import schedule
 from learner.checkpoint.folder import State, complete, oldest_kept, prune
 from learner.checkpoint.saver import Saver
+from learner.checkpoint.schedule import Checkpoints
 from learner.checkpoint.snapshot import Snapshot
 from learner.checkpoint.state import Part
+from learner.checkpoint.writer import Written
 from learner.config import CheckpointConfig, KlConfig, ModelConfig, ObjectiveConfig
 from learner.convert.dist_checkpoint import BACKEND
 from learner.convert.folders import mcore_to_hf
@@ -278,6 +283,19 @@ def test_the_last_ones_and_the_archive_are_kept(tmp_path: Path) -> None:
     prune(tmp_path, config, oldest)
     assert versions_in(tmp_path) == [14, 12, 8]
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_nobody_waits_for_old_checkpoints_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folders(tmp_path, 2, 4, 6)
+    may_go, prune = threading.Event(), schedule.prune
+    monkeypatch.setattr(schedule, "prune", lambda *told: may_go.wait(10) and prune(*told))
+    session = SimpleNamespace(checkpoint=lambda *_: None)
+    with Checkpoints(session, CheckpointConfig(keep_last=1), tmp_path, 4) as checkpoints:
+        checkpoints._state = complete(tmp_path)[0].state
+        checkpoints._conclude(Written("", 1.0))
+        assert versions_in(tmp_path) == [6, 4, 2]
+        may_go.set()
+    assert versions_in(tmp_path) == [6]
 
 
 def test_what_is_newer_than_the_latest_does_not_count(tmp_path: Path) -> None:

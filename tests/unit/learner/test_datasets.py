@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import textwrap
+import tomllib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -113,6 +115,23 @@ def test_sources_are_mixed_by_weight(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert sorted(prompts)[-6:] == [9, 10, 11, 12, 13, 14]
     assert prompts[9].answer == r"\boxed{u}"
     assert [order.at(p).row for p in range(42)] == [prompt.row for prompt in order]
+
+
+def test_sources_are_configured_as_documented(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs/data.md").read_text()
+    (block,) = [part for part in page.split("\n\n    [data]\n")[1:] if "[[data.sources]]" in part]
+    block = "    [data]\n" + block.partition("\n\n**")[0]
+    config = msgspec.convert(tomllib.loads(textwrap.dedent(block))["data"], DataConfig)
+    for source in config.sources:
+        rows = [{source.question: f"{n}+1=", source.answer: rf"\boxed{{{n + 1}}}"} for n in range(4)]
+        Path(source.path).write_text("\n".join(map(json.dumps, rows)))
+    order, _ = PromptOrder.load(config, tokenizer, 0)
+    assert len(order) == sum(4 * source.weight for source in config.sources)
+    with pytest.raises(DataError, match=r"data.path: got none; give .* or data.sources"):
+        PromptOrder.load(DataConfig(), tokenizer, 0)
 
 
 def test_a_gold_answer_of_another_form_is_refused_until_that_is_meant(

@@ -94,6 +94,19 @@ def test_one_step_equals_plain_torch_on_transformers(make_checkpoint: Callable) 
         assert (tensor - expected[name]).abs().mean() < 1e-5, name
 
 
+def test_weight_decay_shrinks_matrices_and_no_norm(make_checkpoint: Callable) -> None:
+    folder, theirs = make_checkpoint()
+    weights = []
+    for decay in (0.0, 0.5):
+        trainer = make_trainer(folder, OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=decay))
+        trainer.train_step(batch_of(0), 0)
+        weights.append(trainer.export())
+    for name, tensor in theirs.state_dict().items():
+        shrunk = weights[0][name] - weights[1][name]
+        expected = torch.zeros_like(tensor) if "norm" in name else 1e-2 * 0.5 * tensor
+        torch.testing.assert_close(shrunk, expected, rtol=0, atol=1e-6, msg=name)
+
+
 def test_learning_rate_zero_changes_no_bit(make_checkpoint: Callable) -> None:
     folder, _ = make_checkpoint()
     trainer = make_trainer(folder, OptimizerConfig(lr=0.0, weight_decay=0.1))

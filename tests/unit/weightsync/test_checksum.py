@@ -37,7 +37,7 @@ def chunks_of(size: int, longest: int) -> list[Chunk]:
     return [Chunk(offset, count, "") for offset, count in chunk_ranges(size, longest)]
 
 
-@pytest.mark.parametrize("size", [4, 96, 97, 98, 99, 602])
+@pytest.mark.parametrize("size", [4, 96, 97, 98, 99, 600, 602])
 def test_it_is_the_formula(size: int) -> None:
     data = random.Random(size).randbytes(size)
     image = torch.frombuffer(bytearray(data), dtype=torch.uint8)

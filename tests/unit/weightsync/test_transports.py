@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.unit.weightsync.versions import CHUNK, damaged, holding, tensors, ver
 from weightsync import staging as module
 from weightsync.config import WeightSyncConfig
 from weightsync.errors import SourceError, Superseded
+from weightsync.holder import Holder
 from weightsync.image import Image
 from weightsync.manifest import Manifest, decode_manifest, digest_of, encode_manifest
 from weightsync.protocol import Source
@@ -24,7 +27,7 @@ from weightsync.transports.base import Transport, this_host
 from weightsync.transports.choice import transports
 from weightsync.transports.delta import Delta, decode, deltas, encode
 from weightsync.transports.disk import Disk, save
-from weightsync.transports.peer import Peer
+from weightsync.transports.peer import Peer, answers, connected
 from weightsync.transports.shm import Shm
 
 
@@ -96,6 +99,45 @@ def test_a_pull_goes_on_at_another_holder_where_it_broke_off() -> None:
         assert second.served_bytes == manifest.chunks[5].size, "only what was missing is pulled"
 
 
+def test_what_is_missing_in_a_row_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = version(4)
+    asked, send = list[tuple[int, int]](), Holder.send
+
+    def noted(holder: Holder, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        asked.append((first, count))
+        send(holder, connection, image, first, count)
+
+    with holding(damaged(image, 2 * CHUNK), manifest) as (first, _), holding(image, manifest) as (second, _):
+        staging = Staging(manifest, None, never)
+        with pytest.raises(SourceError):
+            Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
+        assert staging.missing() == [2, 4, 5, 6]
+        monkeypatch.setattr(Holder, "send", noted)
+        Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
+    assert asked == [(2 * CHUNK, CHUNK), (4 * CHUNK, manifest.size - 4 * CHUNK)]
+
+
+def test_the_next_answer_is_on_its_way_while_one_is_used() -> None:
+    image, manifest = version(4)
+    wanted = threading.Event()
+    with holding(image, manifest, [b"one", b"two"]) as (holder, _):
+        answer = holder.answer
+
+        def noted(path: str) -> tuple[bytes | None, int, int] | None:
+            if path.endswith("/1"):
+                wanted.set()
+            return answer(path)
+
+        holder.answer = noted  # type: ignore[method-assign]
+        source = holder.sources(manifest.label)[1]
+        with connected(source, 5) as connection:
+            paths = [f"/{manifest.label}/delta/{number}" for number in range(2)]
+            found = answers(connection, source, paths)
+            assert next(found) == b"one"
+            assert wanted.wait(10), "the second is asked for before anybody wants it"
+            assert list(found) == [b"two"]
+
+
 def test_a_source_is_left_where_nobody_wants_its_version_any_more() -> None:
     image, manifest = version(4)
     looked = []
@@ -144,6 +186,21 @@ def test_a_folder_is_a_safetensors_checkpoint_and_keeps_the_newest(tmp_path: Pat
     found = load_file(Path(source.address) / "model.safetensors")
     for name, tensor in tensors(5).items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_a_folder_whose_disk_fails_on_the_way_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed write once: here it is told before the end."""
+    image, manifest = version(4)
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path, manifest, image, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [".00000004-1.part"]
 
 
 def test_a_folder_that_ends_too_early_is_damaged(tmp_path: Path) -> None:
