@@ -19,8 +19,14 @@ FAILED_S = 5.0
 
 
 def process_environment(url: str) -> dict[str, str]:
-    """The environment of a worker: the server's URL, out of sight of `ps`, and one thread a process."""
-    return {"SLIPSTREAM_REDIS": url, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    """The environment of a worker: the server's URL, out of sight of `ps`, one thread a process, and no
+    warning of NCCL's behind its last words.
+    """
+    return {
+        "SLIPSTREAM_REDIS": url,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
 
 
 class Child:

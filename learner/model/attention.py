@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
 from learner.model.context import owners, places, positions
 
@@ -78,6 +79,19 @@ class PackedSequences(PackedSeqParams):
             inverse=torch.from_numpy(inverse),
         )
 
+    def plan(self, context: ProcessGroup, device: torch.device) -> None:
+        """Add the classes to what has bounds alone, as on a GPU, where few models need them."""
+        made = PackedSequences.of(self.cu_seqlens_q.cpu(), context.size(), context.rank())
+        self.kinds = [
+            Kind(
+                kind.queries.to(device),
+                kind.keys.to(device),
+                None if kind.mask is None else kind.mask.to(device),
+            )
+            for kind in made.kinds
+        ]
+        self.inverse = made.inverse.to(device)
+
 
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention, causal within each packed sequence and blind to all others."""
@@ -115,6 +129,8 @@ class PackedAttention(MegatronModule):
 
         With context parallelism T counts this rank's tokens; keys and values are gathered from all ranks.
         """
+        if not packed_seq_params.kinds:
+            packed_seq_params.plan(self.context, query.device)
         if self.context.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.context) for x in (key, value))
         repeats = query.size(1) // key.size(1)

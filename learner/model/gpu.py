@@ -7,25 +7,25 @@ Keys and tensors of a checkpoint are those of the CPU's modules, so either reads
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import (
-    TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TELinear,
 )
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from learner.model.attention import PackedAttention, PackedSequences
 from learner.model.cpu import rotate_packed
 from learner.model.norm import LATENT_NORM_EPS
 from learner.packing import MicroBatch
+
+_TORCH_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class LatentNormLinear(TELayerNormColumnParallelLinear):
@@ -37,26 +37,17 @@ class LatentNormLinear(TELayerNormColumnParallelLinear):
         self.eps = LATENT_NORM_EPS
 
 
-class UngroupedAttention(TEDotProductAttention):
-    """Softmax attention whose query heads have copies of keys and values of their own.
+class WideAttention(PackedAttention):
+    """Softmax attention of heads wider than 128, by torch's kernels other than cuDNN's.
 
-    Of grouped heads wider than 128 cuDNN's backward pass of packed sequences, on Hopper, adds up what lies in
-    memory that nothing has written (Transformer Engine's issue 2448): gradients of values became nan.
+    Of packed sequences with heads of width 256 cuDNN 9.14, which Transformer Engine takes on Hopper, gave
+    gradients of queries that were a third off; of grouped ones, now and then, nan.
     """
 
-    def __init__(self, config: TransformerConfig, **rest: Any) -> None:
-        """The arguments of Megatron-Core's `TEDotProductAttention`."""
-        ungrouped = copy(config)
-        ungrouped.num_query_groups = config.num_attention_heads
-        super().__init__(config=ungrouped, **rest)
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
-    ) -> torch.Tensor:
-        """Attend: `query` [T, heads, D], `key` and `value` [T, groups, D]; returns [T, heads * D]."""
-        repeats = query.size(1) // key.size(1)
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-        return super().forward(query, key, value, *rest, **named)
+    def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """As `PackedAttention.forward`."""
+        with sdpa_kernel(_TORCH_KERNELS):
+            return super().forward(*arguments, **named)
 
 
 class GpuBackend(TESpecProvider):
@@ -68,7 +59,7 @@ class GpuBackend(TESpecProvider):
 
     def core_attention(self) -> type:
         """Softmax attention over packed sequences."""
-        return UngroupedAttention if self._wide else super().core_attention()
+        return WideAttention if self._wide else super().core_attention()
 
     def latent_norm_linear(self) -> type:
         """The norm and linear layer that lead out of a bottleneck."""
@@ -106,9 +97,9 @@ def prepare() -> None:
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
 
-def boundaries(batch: MicroBatch) -> PackedSeqParams:
+def boundaries(batch: MicroBatch) -> PackedSequences:
     """Where sequences of `batch` start and end, for attention, gated DeltaNet and Mamba-2."""
-    return PackedSeqParams(
+    return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens_padded,  # no token behind a sequence is read
         cu_seqlens_kv=batch.cu_seqlens_padded,

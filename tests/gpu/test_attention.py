@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from learner.model.attention import PackedSequences
 from learner.model.gpu import GpuBackend
 from learner.model.world import join_world
 
@@ -60,7 +60,7 @@ def reference(leaves: list[torch.Tensor]) -> torch.Tensor:
 def test_gradients_are_right_whatever_lies_in_free_memory(heads: int, groups: int, width: int) -> None:
     attention = core(heads, groups, width)
     bounds = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).int()
-    packed = PackedSeqParams(
+    packed = PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,

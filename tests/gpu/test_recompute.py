@@ -39,7 +39,9 @@ def run(folder: Path, recompute: str) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("model", ["dense", "next"])
 def test_gradients_stay_and_memory_falls(model: str, tmp_path: Path) -> None:
-    write_checkpoint({**MODELS[model], "vocab_size": 4096}, tmp_path / "model")
+    # Where every expert is chosen, no difference in rounding changes a choice.
+    chosen = {"num_experts": 4} if model == "next" else {}
+    write_checkpoint({**MODELS[model], "vocab_size": 4096, **chosen}, tmp_path / "model")
     found = {recompute: run(tmp_path / "model", recompute) for recompute in ("none", "selective", "full")}
     right, most = found["none"]
     again = run(tmp_path / "model", "none")[0]  # some kernels add in an order of their own
