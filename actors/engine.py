@@ -150,18 +150,21 @@ class Engine:
 
         return await complete(generate, prompt, seeds, sampling, self._ends)
 
-    async def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
-        """Log-probabilities of tokens 1.. of each sequence at temperature 1, float32 [T - 1] each."""
+    async def score(self, sequences: list[list[int]]) -> tuple[str, list[np.ndarray]]:
+        """Log-probabilities of tokens 1.. of each sequence at temperature 1, float32 [T - 1] each.
+
+        All of them by one version of the weights, whose label comes first.
+        """
         parameters = [{"temperature": 1.0, "max_new_tokens": 1, "sampling_seed": 0}] * len(sequences)
-        scores: dict[int, np.ndarray] = {}
-        while missing := [index for index in range(len(sequences)) if index not in scores]:
-            asked = [sequences[index] for index in missing]
-            answers = await self._generate(asked, parameters[: len(asked)], logprob_start_len=0)
-            for index, answer in zip(missing, answers, strict=True):
-                if answer.meta_info.finish_reason.type != "abort":
-                    found = [entry.value for entry in answer.meta_info.input_token_logprobs[1:]]
-                    scores[index] = np.array(found, np.float32)
-        return [scores[index] for index in range(len(sequences))]
+        while True:
+            answers = [
+                answer.meta_info
+                for answer in await self._generate(sequences, parameters, logprob_start_len=0)
+            ]
+            labels = {answer.weight_version for answer in answers}
+            if len(labels) == 1 and not any(answer.finish_reason.type == "abort" for answer in answers):
+                values = [[entry.value for entry in answer.input_token_logprobs[1:]] for answer in answers]
+                return labels.pop(), [np.array(found, np.float32) for found in values]
 
     async def load(self) -> Load:
         """How much it has to do; of several data-parallel ranks the sum, and the fullest cache."""

@@ -51,7 +51,6 @@ class WeightWorker:
         """`lag`: how many versions behind one may be and its groups still be trained; eta."""
         self._stream, self._engine, self._holder, self._check = stream, engine, holder, config.check
         self._actor, self._epoch, self._applied = actor, epoch, applied
-        self._label = ""
         self._serving: Applied | None = None
         self._loaded = Loaded(0.0, "")
         self._agent = Agent(holder, transports(config), engine=self, registry=self, lag=lag, log=log.info)
@@ -143,8 +142,8 @@ class WeightWorker:
                 await self._engine.update_weights(group=group, manifest=manifest)
                 await self._said(manifest)
             case Score(request=number, sequences=sequences):
-                found = await self._engine.score(sequences)
-                scores = Scores(number, self._label, [values.tolist() for values in found])
+                label, found = await self._engine.score(sequences)
+                scores = Scores(number, label, [values.tolist() for values in found])
                 key = self._stream.key(f"scores:{self._actor}")
                 await self._stream.redis.rpush(key, msgspec.json.encode(scores))
                 await self._stream.redis.expire(key, _SCORES_LIFE_S)
@@ -153,5 +152,5 @@ class WeightWorker:
         """Tells Redis which version the engine serves."""
         call = Applied(self._actor, self._epoch, manifest.version, manifest.digest)
         await self._stream.call(call)
-        self._serving, self._label = call, manifest.label
+        self._serving = call
         self._applied(manifest.version)

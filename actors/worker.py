@@ -31,7 +31,7 @@ from actors.concurrency import Place, Slots, adapt
 from actors.engine import Engine
 from actors.environments.base import load_environment
 from actors.environments.text import Tokens
-from actors.errors import ActorError, Cause, EngineError, LoadError, RewardError
+from actors.errors import ActorError, Cause, EngineError, RewardError
 from actors.fetch import Settings, fetch_run
 from actors.gate import Gate
 from actors.publish import BACK_OFF_S, publish, teaches_nothing
@@ -254,14 +254,8 @@ class Actor:
         except RewardError as error:
             reason = "reward"
             log.error("group %s: %s", lease.group, error)
-        except LoadError as error:
-            if not self._failed.done():
-                self._failed.set_exception(error)
-        except EngineError as error:
-            reason = "engine"
-            if not self._failed.done():
-                self._failed.set_exception(error)
-        except StreamError as error:
+        except Exception as error:  # noqa: BLE001 - the actor ends with it: others would fail, too
+            reason = "engine" if isinstance(error, EngineError) else reason
             if not self._failed.done():
                 self._failed.set_exception(error)
         finally:

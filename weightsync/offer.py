@@ -114,7 +114,7 @@ class Offers:
             began = time.monotonic()
             try:
                 self._hold(*job)
-            except (WeightSyncError, OSError) as error:
+            except (WeightSyncError, OSError, RuntimeError, MemoryError) as error:
                 self.log(f"weights: version {job[0].version} cannot be offered: {error}")
                 continue
             self.export_s = time.monotonic() - began

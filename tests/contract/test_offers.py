@@ -238,6 +238,24 @@ async def test_what_was_written_for_an_earlier_life_is_cleared_away(scene: Make)
     assert again.actor_epoch == member.epoch
 
 
+async def test_a_version_that_cannot_be_made_is_said_and_the_next_one_offered(
+    scene: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_image
+
+    def failing(named: Manifest, weights: Any) -> Any:
+        if named.version == 0:
+            raise RuntimeError("no kernel image is available")
+        return write(named, weights)
+
+    monkeypatch.setattr(module, "write_image", failing)
+    run = scene()
+    run.publish(0)
+    await until(lambda: any("version 0 cannot be offered: no kernel image" in line for line in run.log))
+    run.publish(1)
+    await until(lambda: len(run.offers.holder.labels()) == 1)
+
+
 async def test_a_version_that_is_overtaken_before_its_turn_is_never_made(
     scene: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ async def worst(engine: Engine, policy: Policy) -> dict[str, float]:
         assert len(completion.tokens) == 64
         return policy.difference(prompt + completion.tokens, completion.logprobs)
 
-    scored = await engine.score(prompts)
+    _, scored = await engine.score(prompts)
     return {
         "prompts": max(map(policy.difference, prompts, scored)),
         "one": await answer(prompts[2], 0),

@@ -30,5 +30,5 @@ def test_row_11_replies_are_lost(
     assert ledger.counts.trained == 3 * steps
     # A reply that is lost can make its group late, which is then not wanted any more.
     assert set(ledger.counts.dropped) <= {"slow"}, ledger.counts
-    # A publish that is repeated is told what it was told before, but for a group whose record is gone by then.
+    # A publish that is repeated is told what it was told before, unless the group's record is gone by then.
     assert set(ledger.counts.refused) <= {"unknown"}, ledger.counts

@@ -45,11 +45,15 @@ class Written:
         await self.release.wait()
         reason, self.aborted = ("abort" if self.aborted else "length"), False
         meta = {
-            "finish_reason": {"type": reason},
             "weight_version": self.label,
             "output_token_logprobs": [[-1.0, 5, None]],
+            "input_token_logprobs": [[None, 1, None], [-float(self.label != "default"), 2, None]],
         }
-        return web.json_response([{"output_ids": [5], "meta_info": meta}] * len(body["input_ids"]))
+        reasons = ["length"] * (len(body["input_ids"]) - 1) + [reason]  # an abort may come late for some
+        answers = [
+            {"output_ids": [5], "meta_info": {**meta, "finish_reason": {"type": one}}} for one in reasons
+        ]
+        return web.json_response(answers)
 
     async def abort(self, request: web.Request) -> web.Response:
         assert (await request.json())["abort_all"]
@@ -212,3 +216,16 @@ async def test_answers_under_way_are_ended_with_their_tokens_and_go_on(engine: M
     assert answer.labels == [(1, "default"), (1, new.manifest.label)]
     assert server.calls == ["generate", "abort", "load 1", "label", "generate"]
     assert server.keys == ["", new.manifest.label], "a prefix belongs to the version that computed it"
+
+
+async def test_scores_that_are_asked_for_together_are_of_one_version(engine: Make) -> None:
+    one, server = await engine()
+    server.release.clear()
+    asked = asyncio.create_task(one.score([[1, 2], [3, 2]]))
+    while not server.calls:
+        await asyncio.sleep(0.01)
+    new = held()
+    await one.load_weights(new, check=True)
+    label, scores = await asked
+    assert label == new.manifest.label
+    assert [values.tolist() for values in scores] == [[-1.0], [-1.0]]

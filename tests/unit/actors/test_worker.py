@@ -128,6 +128,16 @@ async def test_an_engine_that_returns_nothing_closes_the_group_as_engine(tmp_pat
         await actor._failed
 
 
+async def test_whatever_else_goes_wrong_ends_the_actor_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the lease would run out unseen, and the next one meet the same."""
+    monkeypatch.setattr("actors.worker.teaches_nothing", lambda _: [][0])
+    _, actor = await work(tmp_path, ScriptedEngine(*map(said, ["a", "b"])), f"{__name__}:obey", 2, True)
+    with pytest.raises(IndexError):
+        await actor._failed
+
+
 async def test_a_lease_waits_until_the_engine_serves_its_version(tmp_path: Path) -> None:
     """As after a restart: the engine serves something older, or nothing yet."""
     model, stream = make_tiny_qwen3(tmp_path / "model", seed=0), Written()
