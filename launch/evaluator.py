@@ -7,7 +7,6 @@ meanwhile and is no longer the newest is skipped, and named.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -91,9 +90,11 @@ class Evaluator:
 
     def _take(self, kept: Kept) -> None:
         from actors.errors import EngineError
+        from learner.kept import hold
 
         folder = self._held / str(kept.version)
-        if not self._hold(kept, folder):
+        shutil.rmtree(self._held, ignore_errors=True)
+        if not hold(self._kept, kept, folder):
             return
         skipped = self.skipped(kept.version)
         if skipped:
@@ -105,19 +106,6 @@ class Evaluator:
             print(f"version {kept.version} is not evaluated: {error}", file=sys.stderr)
         finally:
             shutil.rmtree(self._held)
-
-    def _hold(self, kept: Kept, folder: Path) -> bool:
-        """Takes hold of a version, which the learner may remove meanwhile; whether all of it was there."""
-        from learner.kept import read_kept
-
-        shutil.rmtree(self._held, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            for path in (self._kept / folder.name).iterdir():
-                _link(path, folder / path.name)
-        except FileNotFoundError:
-            return False
-        return read_kept(folder) == kept
 
     def _keep(self, found: Evaluation) -> None:
         """Adds to the file, and shows the newest in `{run}:evaluations`."""
@@ -131,15 +119,6 @@ class Evaluator:
 
     def _lines(self) -> list[dict[str, Any]]:
         return read_jsonl(self._file)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _plain(value: Any) -> str:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +164,30 @@ def check_weights(stream: Stream, count: int) -> WeightChecks:
     config: dict[str, Any] = msgspec.json.decode(packed) if packed else {}
     rounded = "bfloat16" in [config.get(part, {}).get("dtype") for part in ("engine", "model")]
     samples = recent_samples(stream, ledger.number("shards"), count)
-    engines = [
-        _check(stream, ledger, name, samples, rounded)
-        for name, record in ledger.actors.items()
-        if ledger.alive(name) and record.state != "starting" and record.version >= 0
-    ]
-    served = {one.label for one in engines}
-    left = {label: spans for label, spans in samples.spans.items() if label not in served}
-    folder = run_folder(stream.run) / "weights"
-    return WeightChecks(engines, check_kept(folder, config.get("model", {}), samples, left, rounded))
+    with held_versions(run_folder(stream.run) / "weights", samples.spans) as held:
+        engines = [
+            _check(stream, ledger, name, samples, rounded)
+            for name, record in ledger.actors.items()
+            if ledger.alive(name) and record.state != "starting" and record.version >= 0
+        ]
+        served = {one.label for one in engines}
+        left = {label: spans for label, spans in samples.spans.items() if label not in served}
+        return WeightChecks(engines, check_kept(held, config.get("model", {}), samples, left, rounded))
+
+
+@contextmanager
+def held_versions(root: Path, labels: Iterable[str]) -> Iterator[dict[str, Path]]:
+    """Folders with those of the versions that `root` keeps, by label, for the time of the block: a learner
+    that trains removes them meanwhile."""
+    from learner.kept import hold, kept_versions  # no torch comes with it
+
+    kept = {f"{one.version}:{one.digest}": one for one in kept_versions(root).values()}
+    if not (wanted := kept.keys() & set(labels)):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="verifying-", dir=root.parent) as folder:
+        folders = {label: Path(folder, str(kept[label].version)) for label in wanted}
+        yield {label: path for label, path in folders.items() if hold(root, kept[label], path)}
 
 
 def _check(stream: Stream, ledger: Ledger, name: str, samples: Samples, rounded: bool) -> EngineCheck:
@@ -190,13 +208,10 @@ def _check(stream: Stream, ledger: Ledger, name: str, samples: Samples, rounded:
 
 
 def check_kept(
-    root: Path, model: dict[str, Any], samples: Samples, left: dict[str, list[Span]], rounded: bool
+    kept: dict[str, Path], model: dict[str, Any], samples: Samples, left: dict[str, list[Span]], rounded: bool
 ) -> list[VersionCheck]:
-    """Scores the spans `left`, by label, under the versions kept in `root`; `model` is that of the run's
-    configuration. Raises `LaunchError`."""
-    from learner.kept import kept_versions  # no torch comes with it
-
-    kept = {f"{one.version}:{one.digest}": root / str(one.version) for one in kept_versions(root).values()}
+    """Scores the spans `left`, by label, under the versions in the folders `kept`; `model` is that of the
+    run's configuration. Raises `LaunchError`."""
     wanted = [label for label in sorted(left, key=_version_of) if label in kept]
     asked = {label: sorted({span.sequence for span in left[label]}) for label in wanted}
     jobs = [
@@ -213,7 +228,7 @@ def check_kept(
         places = {sequence: place for place, sequence in enumerate(asked[label])}
         found = compare([msgspec.structs.replace(s, sequence=places[s.sequence]) for s in spans], scores)
         problem = found.problem(rounded)
-        problem += f": other weights wrote them than {kept[label]} holds" if problem else ""
+        problem += ": other weights wrote them than those that are kept" if problem else ""
         checks.append(VersionCheck(label, found.tokens, True, found.largest, problem))
     return checks
 

@@ -13,6 +13,7 @@ evaluation is to have: on a slow disk the newest wins, and what was overtaken is
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -60,6 +61,27 @@ def read_kept(path: Path) -> Kept | None:
         return msgspec.json.decode((path / _LABEL).read_bytes(), type=Kept)
     except FileNotFoundError:
         return None
+
+
+def hold(root: Path, kept: Kept, folder: Path) -> bool:
+    """Takes hold of a kept version in a new `folder`, as the learner may remove it from `root`; whether all
+    of it was there."""
+    folder.mkdir(parents=True)
+    try:
+        for path in (root / str(kept.version)).iterdir():
+            _link(path, folder / path.name)
+    except FileNotFoundError:
+        return False
+    return read_kept(folder) == kept
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def forget_versions(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,7 +145,10 @@ def test_what_no_engine_serves_is_scored_under_the_version_that_is_kept(
     keep(Path("runs", two_versions.stream.run, "weights"), 0, digest(0))
     (found,), (asked,) = versions_of(two_versions, monkeypatch, 0.0)
     assert (found.label, found.tokens, found.kept, found.problem) == (f"0:{digest(0)}", 12, True, "")
-    assert asked["folder"] == f"runs/{two_versions.stream.run}/weights/0"
+    assert Path(asked["folder"]).parts[-3].startswith(two_versions.stream.run), "held, as it may be removed"
+    assert list(Path("runs", two_versions.stream.run).iterdir()) == [
+        Path("runs", two_versions.stream.run, "weights")
+    ]
     assert len(asked["sequences"]) == 3
     (found,), _ = versions_of(two_versions, monkeypatch, 2 * TOLERANCE)
     assert "other weights wrote them" in found.problem
@@ -164,3 +168,19 @@ def test_where_something_computes_in_bf16_the_mean_counts(run: Run) -> None:
     run.stream.redis.set(run.stream.key("config"), b'{"engine": {"dtype": "bfloat16"}}')
     assert check(run, off=ROUNDED / 2).problem == ""
     assert "on average: it serves other weights" in check(run, off=2 * ROUNDED).problem
+
+
+def test_a_version_that_is_removed_while_engines_score_is_held(
+    two_versions: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path("runs", two_versions.stream.run, "weights")
+    keep(root, 0, digest(0))
+    ask = weights.ask_scores
+
+    def removed_meanwhile(*arguments: Any) -> Scores | None:
+        shutil.rmtree(root)
+        return ask(*arguments)
+
+    monkeypatch.setattr(weights, "ask_scores", removed_meanwhile)
+    (found,), _ = versions_of(two_versions, monkeypatch, 0.0)
+    assert found.kept

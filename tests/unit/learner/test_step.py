@@ -32,7 +32,7 @@ def make_trainer(
 def digest(trainer: Trainer) -> str:
     total = hashlib.sha256()
     for name, tensor in trainer.export().items():
-        total.update(name.encode() + tensor.numpy().tobytes())
+        total.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
