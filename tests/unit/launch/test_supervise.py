@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.supervise import Supervisor
+import pytest
+
+from launch.supervise import Supervisor, process_environment
 from tests.waiting import wait_until
 
 DEAF = (
@@ -45,6 +47,13 @@ def test_the_last_line_of_the_log_is_what_a_child_said_last(tmp_path: Path) -> N
         child = children.start("c", argv, {}, tmp_path / "c.log")
         child.process.wait(10)
     assert (child.returncode, child.last_words()) == (2, "last")
+
+
+def test_a_warning_of_torchs_is_nobodys_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    assert process_environment("")["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert process_environment("")["TORCH_CPP_LOG_LEVEL"] == "INFO"
 
 
 def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
