@@ -8,11 +8,12 @@ import json
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from tests.contract.harness import Run
 from weightsync import agent, offer
 from weightsync.config import WeightSyncConfig
 from weightsync.holder import Holder
-from weightsync.image import write_image
+from weightsync.image import chunk_ranges, write_image
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 
@@ -234,21 +235,26 @@ async def test_row_16_a_push_that_dies_at_every_chunk_mixes_no_version(
         versions[old.label] = trainer.snapshot()
         await pair.push(old, first)
         count = -(-sum(tensor.nbytes for tensor in first.values()) // CHUNK)
-        answer, writing = pair.offers.holder.answer, asyncio.create_task(generate(engine, seeds, answers))
-        for chunk in range(count):
-            left = itertools.count(chunk, -1)
+        send, writing = pair.offers.holder.send, asyncio.create_task(generate(engine, seeds, answers))
+        left = -1
 
-            def breaks(path: str, left: Iterator[int] = left) -> Any:
-                if path.endswith("/data") and next(left) == 0:
+        def breaks(connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+            nonlocal left
+            for offset, size in chunk_ranges(count, CHUNK):
+                left -= 1
+                if left == -1:
                     raise ConnectionAbortedError
-                return answer(path)
+                send(connection, image, first + offset, size)
 
-            monkeypatch.setattr(pair.offers.holder, "answer", breaks)
+        monkeypatch.setattr(pair.offers.holder, "send", breaks)
+        for chunk in range(count):
+            left = chunk
             manifest, tensors = step(trainer, chunk + 1, draw)
             versions[manifest.label] = trainer.snapshot()
             pushing = asyncio.create_task(pair.push(manifest, tensors))
-            while not pair.worker.figures()["weights"].startswith("behind"):
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(30):
+                while not pair.worker.figures()["weights"].startswith("behind"):
+                    await asyncio.sleep(0.01)
             (one,) = await engine.generate(PROMPT, [next(seeds)], SamplingConfig(max_new_tokens=2))
             assert {label for _, label in one.labels} == {old.label}
             answers.append(one)
