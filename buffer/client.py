@@ -69,7 +69,9 @@ class PublishCall(Call[Reply], frozen=True):
     """A call that goes with a payload. Its `group` says in which shard that lies, its `entry` where."""
 
     group: str
+    """Id of the group, from whose hash the shard follows."""
     entry: str
+    """Entry id of the payload once it is written; until then empty."""
 
 
 class _Run:
