@@ -82,7 +82,7 @@ class Rank(msgspec.Struct):
     num_running_reqs: int
     """Samples being generated."""
     num_waiting_reqs: int
-    """Samples in the server that have not begun."""
+    """Samples that wait in the server."""
     token_usage: float
     """Share of the key-value cache in use, 0 to 1."""
 

@@ -71,7 +71,7 @@ class PublishCall(Call[Reply], frozen=True):
     group: str
     """Id of the group, from whose hash the shard follows."""
     entry: str
-    """Entry id of the payload once it is written; until then empty."""
+    """With shards `<shard>/<id>` of the payload, which is written first; else empty: the newest entry."""
 
 
 class _Run:

@@ -21,7 +21,7 @@ class Rules(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     eta: int
     """The staleness bound in steps."""
     max_steps: int
-    """Steps of the run: it ends when the head is this."""
+    """Steps of the run, numbered from 0: it ends when the last is trained."""
     group_size: int
     """G, samples a group."""
     lease_ms: int

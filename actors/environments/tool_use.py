@@ -24,7 +24,7 @@ class ToolCall(msgspec.Struct, frozen=True):
     """A call as Qwen and Hermes models write it: ``{"name": "calculator", "arguments": {...}}``."""
 
     name: str
-    """One of the environment's tools, or none."""
+    """As the policy wrote it; there may be no such tool."""
     arguments: dict[str, Any] = {}
     """By name, JSON values as the policy wrote them."""
 
