@@ -18,32 +18,40 @@ class Entry(msgspec.Struct, array_like=True, gc=False, frozen=True):
     value: float | None
     """None: not computed, or no number."""
     token: int
+    """Id of the token."""
 
 
 class Finish(msgspec.Struct):
     """Why SGLang ended an answer."""
 
     type: Literal["stop", "length", "abort"]
+    """`stop`: it ended itself; `length`: at the token limit; `abort`: before its time."""
 
 
 class Span(msgspec.Struct):
     """Tokens `start` to `end` (exclusive) of an answer and the label of the weights that wrote them."""
 
     version: str
+    """Such as `12:<digest>`, see `Manifest.label`."""
     start: int
+    """Index in the answer, from 0."""
     end: int
+    """One behind the last."""
 
 
 class Meta(msgspec.Struct):
     """The parts of SGLang's `meta_info` that are read."""
 
     finish_reason: Finish
+    """Of the answer as it stands here."""
     weight_version: str
     """The label at the end of the answer."""
     weight_versions: list[Span] | None = None
     """Since SGLang 0.5.19."""
     input_token_logprobs: list[Entry] = []
+    """Of each prompt token; empty unless asked for."""
     output_token_logprobs: list[Entry] = []
+    """Of each answer token; empty unless asked for."""
     routed_experts: str = ""
     """int32 [tokens - 1, L, k] of the whole sequence, in base64; empty unless asked for."""
 
@@ -52,7 +60,9 @@ class Answer(msgspec.Struct):
     """One item of SGLang's answer to ``/generate``."""
 
     output_ids: list[int]
+    """Ids of the answer's tokens, without the prompt."""
     meta_info: Meta
+    """How it ended, and who wrote it."""
 
     def labels(self) -> list[tuple[int, str]]:
         """Runs of tokens and the label of the weights that wrote them; lengths sum to that of `output_ids`.
@@ -70,14 +80,18 @@ class Rank(msgspec.Struct):
     """The parts of one rank's load that are read."""
 
     num_running_reqs: int
+    """Samples being generated."""
     num_waiting_reqs: int
+    """Samples that wait in the server."""
     token_usage: float
+    """Share of the key-value cache in use, 0 to 1."""
 
 
 class Loads(msgspec.Struct):
     """SGLang's answer to ``/v1/loads``."""
 
     loads: list[Rank]
+    """One a data-parallel rank of the server."""
 
 
 def end_tokens(model: Path) -> frozenset[int]:
@@ -122,10 +136,13 @@ class _Experts(msgspec.Struct):
     """The fields of config.json that are read."""
 
     num_hidden_layers: int
+    """L."""
     num_experts_per_tok: int = 0
+    """k; 0: no experts."""
 
 
 class _Ends(msgspec.Struct):
     """The field of either file that is read."""
 
     eos_token_id: int | list[int] | None = None
+    """One or several; None: this file names none."""

@@ -107,6 +107,7 @@ class SamplingConfig(Sampling, kw_only=True, forbid_unknown_fields=True, frozen=
     """
 
     temperature: Positive = 1.0
+    """What logits are divided by, above 0; the learner does the same."""
     top_p: float = 1.0
     """Only 1."""
     top_k: int = -1
@@ -193,7 +194,9 @@ class RolloutConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     adaptive: AdaptiveConfig | None = None
     """Let the number follow the engine's load; absent: it stays."""
     sampling: SamplingConfig = SamplingConfig()
+    """How the policy's answers are drawn."""
     environment: EnvironmentConfig = EnvironmentConfig()
+    """Who the policy talks to."""
     reward: str | dict[str, RewardPart] = "actors.rewards:gsm8k"
     """The reward function, `module:function`; or several by name, whose weighted sum is the reward. An
     empty table leaves the reward to the environment."""
@@ -259,6 +262,7 @@ class EvaluationConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     samples: Count = 8
     """Answers to each question, K."""
     sampling: EvaluationSampling = EvaluationSampling()
+    """How answers are drawn; filters may be set here."""
     threshold: float = 1.0
     """An answer whose reward is at least this passes."""
     concurrency: Count = 8

@@ -53,7 +53,9 @@ class Part(msgspec.Struct, frozen=True):
     """What one call generated of an answer."""
 
     tokens: list[int]
+    """Ids of what it added."""
     logprobs: list[float]
+    """Of each of them, nats."""
     finish_reason: Literal["stop", "length", "abort"]
     """`abort`: ended before its time, to be continued."""
     labels: list[tuple[int, str]]
@@ -68,6 +70,7 @@ class Ask(msgspec.Struct, frozen=True):
     context: list[int]
     """Prompt and the tokens so far."""
     seed: int
+    """Of the draws; the same for all parts of an answer."""
     max_new_tokens: int
     """How many tokens are still allowed, at least 1."""
 

@@ -44,6 +44,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """What an evaluation found."""
 
     questions: int
+    """How many were asked."""
     samples: int
     """K, answers to each."""
     mean_at_k: float

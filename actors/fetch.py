@@ -21,11 +21,17 @@ class Settings(msgspec.Struct, frozen=True):
     """The part of the run's configuration that concerns an actor."""
 
     seed: int
+    """Of the run; that of every sample follows from it."""
     stream: StreamConfig
+    """Group size and bounds that an actor keeps to."""
     rollout: RolloutConfig
+    """How groups are made of leases."""
     engine: EngineConfig
+    """What generates."""
     weightsync: WeightSyncConfig = WeightSyncConfig()
+    """How new weights come."""
     objective: Objective = Objective()
+    """Whether routed experts are handed in."""
 
 
 async def fetch_run(stream: AsyncStream, folder: Path, stop: asyncio.Event) -> Settings | None:

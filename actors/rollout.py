@@ -41,15 +41,23 @@ class Recipe(msgspec.Struct, frozen=True):
     """What turns any lease of a run into a group."""
 
     actor: str
+    """Name of the actor, as groups carry it."""
     actor_epoch: int
+    """Number of the epoch under which it joined."""
     run_seed: int
+    """Seed of the run, see `request_seed`."""
     group_size: int
+    """G, samples a group."""
     sampling: Sampling
+    """Token limit of a whole answer, temperature and filters."""
     environment: Environment
+    """Holds the conversations, all at the same time."""
     timeout_s: float
     """Seconds for one conversation."""
     rewards: Scorer
+    """From the text of an answer to its verdict."""
     text: Text
+    """Tokens to text and back."""
     invalid: collections.Counter[Cause]
     """Samples without a verdict so far, by cause; `rollout` counts here."""
 

@@ -29,6 +29,7 @@ class Trajectory(msgspec.Struct, frozen=True, eq=False):
     """Prompt ids, then answer ids. What an environment writes before the policy's first token is prompt;
     what it writes after the last one is left out."""
     prompt_length: int
+    """P: how many of the tokens are prompt."""
     logprobs: list[float]
     """Of each answer token; 0 for those that are not the policy's."""
     loss_runs: list[int]

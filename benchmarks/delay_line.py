@@ -40,6 +40,7 @@ class Sizes(msgspec.Struct, frozen=True):
     """How much is trained."""
 
     steps: int
+    """Steps of a run."""
     prompts: int
     """Groups a step of `sums`; `digits` has half as many, of half as many samples."""
     samples: int
@@ -58,15 +59,20 @@ class Run(msgspec.Struct, frozen=True):
     """One cell of the sweep on one seed."""
 
     task: str
+    """Key of `TASKS`."""
     method: str
+    """Key of `METHODS`."""
     eta: int
+    """Staleness in steps of every group, but for the first eta steps."""
     seed: int
+    """Of the start, the questions and the draws."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
     """What became of a run."""
 
     run: Run
+    """Which one."""
     rewards: list[float]
     """Mean reward of every step."""
     reward_last: float

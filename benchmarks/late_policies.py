@@ -39,9 +39,13 @@ class Scenario(msgspec.Struct, frozen=True):
     """One run: B, eta, the fleet, the policy."""
 
     batch: int
+    """B, groups a step."""
     eta: int
+    """The staleness bound in steps."""
     fleet: str
+    """`EQUAL`, `SLOW` or `WITHOUT`."""
     policy: str
+    """Key of `POLICIES`, or `others`."""
 
 
 def scenarios(batches: list[int], etas: list[int]) -> Iterator[Scenario]:

@@ -24,10 +24,15 @@ class Ticket(msgspec.Struct, frozen=True):
     """Leave to generate one group."""
 
     name: str
+    """Unique in a run of the simulation; of ours, the lease's token."""
     actor: str
+    """Who may."""
     position: int
+    """Of the prompt in the queue, from 0."""
     attempt: int
+    """How many tickets of this prompt ended without a group before; always 0 with others' rule."""
     version: int
+    """Newest version when it was given."""
 
 
 class Rule(Protocol):

@@ -28,7 +28,9 @@ class Fleet(msgspec.Struct, frozen=True):
     """The actors: how many groups each keeps under way, and how much slower than others it is."""
 
     slots: int
+    """Groups an actor keeps under way."""
     slowness: dict[str, float]
+    """By actor, factor on its time a token; 1: as fast as any."""
 
 
 class Figures(msgspec.Struct):
@@ -49,6 +51,7 @@ class Figures(msgspec.Struct):
     staleness: float = 0.0
     """Mean staleness in steps of trained groups."""
     steps: int = 0
+    """Steps trained."""
 
 
 def length(position: int, attempt: int) -> int:

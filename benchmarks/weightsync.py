@@ -70,11 +70,15 @@ class Held(msgspec.Struct):
     """What the holder's process prints: a version, its sources, and how long it took to make it."""
 
     manifest: Manifest
+    """Of the version that is held."""
     sources: list[Source]
+    """The first is the version before it by shared memory, then all of this one."""
     export_s: list[float]
     """Of exporting, and of its floor."""
     delta_s: float
+    """Seconds to make the delta."""
     delta_bytes: int
+    """Its bytes, all chunks together."""
 
 
 def weights(mib: int, seed: int) -> dict[str, torch.Tensor]:

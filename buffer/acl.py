@@ -53,7 +53,9 @@ class Role(msgspec.Struct, frozen=True):
     """What one kind of process may do: its row of the table."""
 
     name: str
+    """Such as `learner`; the Redis user that is made for it has it in its name."""
     purpose: str
+    """One line for people: what such a process does."""
     calls: tuple[str, ...]
     """Functions it calls."""
     looks: tuple[str, ...]

@@ -26,14 +26,19 @@ class Lease(msgspec.Struct, array_like=True, frozen=True):
     `memory` (no room for its payload), `slow` (its groups would come too late, others' do not),
     `no-weights` (nothing applied yet), `old-weights` (staler than the bound), `end` (the run is over)."""
     token: str
+    """`<number>:<128 random bits>`, which every later call about the lease names; empty with `wait`."""
     group: str
+    """Id of the group to be generated, see `buffer.schema.group_id`; empty with `wait`."""
     position: int
+    """Position of the prompt in the run's prompt queue, from 0; 0 with `wait`."""
     attempt: int
+    """How many leases of this prompt ended without a group before; 0 with `wait`."""
     version: int
     """The version the actor served at admission; the group may not be older."""
     deadline: int
     """The last step that may train the group."""
     prompt: Prompt | None = None
+    """What to answer; None with `wait`."""
 
 
 class Admit(Call[Lease], frozen=True):
@@ -41,13 +46,17 @@ class Admit(Call[Lease], frozen=True):
 
     function: ClassVar[str] = "admit"
     actor: str
+    """Name under which the actor joined."""
     epoch: str
+    """Epoch of that join, see `Joined.epoch`; any other is fenced."""
     request: int
     """Number of the request, rising; the same number again returns the first answer."""
     random: str
+    """128 random bits in hex, of which the lease's token is made."""
 
     @classmethod
     def answer(cls, raw: Any) -> Lease:
+        """Of the two parts of the reply: the lease, and its prompt if there is one."""
         meta, record = raw
         lease = msgspec.msgpack.decode(meta, type=Lease)
         return msgspec.structs.replace(lease, prompt=decode_prompt(record)) if record else lease
@@ -65,6 +74,10 @@ class Drop(Call[Dropped], frozen=True):
 
     function: ClassVar[str] = "drop"
     actor: str
+    """Name of the actor that holds the lease."""
     epoch: str
+    """Epoch under which it joined."""
     token: str
+    """Token of the lease; one that is none any more changes nothing."""
     reason: str
+    """One of those above, under which the ledger counts the group."""

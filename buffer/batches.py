@@ -13,9 +13,11 @@ class Assignment(msgspec.Struct, array_like=True, frozen=True, order=True):
     """A row of a manifest."""
 
     group: str
+    """Id of the group, see `buffer.schema.group_id`."""
     entry: str
     """Entry id of the payload in the replay stream, with shards `<shard>/<id>`."""
     version_min: int
+    """The oldest version that wrote tokens of it; step minus this is its staleness."""
     size: int
     """Bytes of the payload and of what lies beside it."""
     tokens: int = 0
@@ -26,6 +28,7 @@ class Manifest(msgspec.Struct, frozen=True):
     """The groups of a step: a write-ahead log, from which a restored learner trains the same again."""
 
     rows: list[Assignment]
+    """One a group, those struck since among them."""
     strikes: dict[str, str] = {}
     """Group that the step trains without -> why: `poison` (cannot be read) or `lost` (payload gone)."""
 
@@ -80,7 +83,9 @@ class Assign(Call[Assigned], frozen=True):
 
     function: ClassVar[str] = "assign"
     epoch: str
+    """Epoch of the learner, see `Joined.epoch`."""
     step: int
+    """The step to train: the head, or one below it to hear its manifest again."""
 
 
 class Struck(msgspec.Struct, array_like=True, frozen=True):
@@ -95,9 +100,11 @@ class Strike(Call[Struck], frozen=True):
 
     function: ClassVar[str] = "strike"
     epoch: str
+    """Epoch of the learner."""
     step: int
     """The step it is assigned to, -1 for a group that is still queued."""
     group: str
+    """Id of the group that cannot be read."""
     reason: str
     """`poison` or `lost`."""
     payload: bytes = b""

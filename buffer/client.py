@@ -69,7 +69,9 @@ class PublishCall(Call[Reply], frozen=True):
     """A call that goes with a payload. Its `group` says in which shard that lies, its `entry` where."""
 
     group: str
+    """Id of the group, from whose hash the shard follows."""
     entry: str
+    """With shards `<shard>/<id>` of the payload, which is written first; else empty: the newest entry."""
 
 
 class _Run:

@@ -20,11 +20,15 @@ class Key(msgspec.Struct, frozen=True):
     """A row of the table."""
 
     name: str
+    """Without the run: `counts` is `{run}:counts` on the server."""
     type: str
+    """Redis type, such as `hash` or `zset`."""
     owner: str
     """Who writes it: the function library, or a role by plain commands."""
     lifetime: str
+    """Until when an entry stays; `run`: as long as the run is on the server."""
     holds: str
+    """What lies in it; `a -> b` is field to value."""
 
 
 KEYS = (

@@ -16,23 +16,32 @@ class ActorRecord(msgspec.Struct, frozen=True):
     """What Redis knows of an actor."""
 
     epoch: str
+    """Epoch under which it joined last, see `Joined.epoch`."""
     version: int
     """The version its engine serves, -1 for none."""
     state: str
+    """As in its last heartbeat: `starting`, `running` or `draining`."""
     beat: int
     """Last heartbeat, ms on the run's clock."""
     host: str
+    """Name of the machine, as the actor gave it."""
     stats: dict[str, Any] = {}
+    """Figures of its last heartbeat, for `launch status`; empty before the first."""
 
 
 class Counts(msgspec.Struct, frozen=True):
     """The ledger at one instant, in groups."""
 
     admitted: int = 0
+    """Leases ever granted."""
     leased: int = 0
+    """Their lease is open."""
     queued: int = 0
+    """Published, in no batch yet."""
     assigned: int = 0
+    """In the manifest of a step that is not committed yet."""
     trained: int = 0
+    """In a committed step, struck ones apart."""
     dropped: dict[str, int] = {}
     """By reason."""
     refused: dict[str, int] = {}
@@ -53,12 +62,17 @@ class HeldLease(msgspec.Struct, frozen=True):
     """A lease as Redis keeps it."""
 
     group: str
+    """Id of the group that it allows."""
     position: int
+    """Position of its prompt in the prompt queue, from 0."""
     attempt: int
+    """How many leases of this prompt ended without a group before."""
     actor: str
+    """Name of the actor that holds it."""
     version: int
     """The version its actor served at admission."""
     deadline: int
+    """The last step that may train the group."""
     born: int
     """When it was granted, ms on the run's clock."""
     probe: bool = False
@@ -71,12 +85,17 @@ class Ledger(msgspec.Struct, frozen=True):
     """A run at one instant."""
 
     state: dict[str, str]
+    """Settings, head, version, clock and the like by name, as text: see `number`."""
     counts: Counts
+    """How many groups are where."""
     staleness: dict[int, int]
     """Trained groups by staleness in steps."""
     actors: dict[str, ActorRecord]
+    """By name, those that left apart."""
     outstanding: dict[int, int]
+    """Groups leased or queued, by deadline."""
     progress: dict[str, str]
+    """Figures of the newest step by name, as text; empty before the first."""
     sizes: dict[str, int]
     """Lengths: prompts, leases, ready, groups, payloads, dead, trash, forks; `stopping` is 1 once a stop was
     asked for."""
@@ -109,10 +128,12 @@ class Snapshot(Call[Ledger], frozen=True):
     """Also every lease, queued group and manifest."""
 
     def arguments(self) -> list[Any]:
+        """`full`, or nothing."""
         return ["full"] if self.full else []
 
     @classmethod
     def answer(cls, raw: Any) -> Ledger:
+        """Of the reply's ten parts, flat lists of fields and values: the ledger."""
         state, counts, staleness, actors, outstanding, progress, sizes = map(_pairs, raw[:7])
         split: dict[str, Any] = {"dropped": {}, "refused": {}, "dead": {}}
         for name, count in counts.items():

@@ -21,6 +21,7 @@ class Rules(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     eta: int
     """The staleness bound in steps."""
     max_steps: int
+    """Steps of the run, numbered from 0: it ends when the last is trained."""
     group_size: int
     """G, samples a group."""
     lease_ms: int
@@ -91,6 +92,7 @@ class Joined(msgspec.Struct, array_like=True, frozen=True):
     nonce: str
     """Random name of this very run; another one means a wiped or foreign Redis."""
     lineage: int
+    """Number of forks the run has been through, 0 for none."""
     head: int
     """The next step to assign."""
     version: int
@@ -112,9 +114,12 @@ class JoinLearner(Call[Joined], frozen=True):
     random: str
     """128 random bits in hex; a repeat with the same bits is the same join."""
     nonce: str
+    """Random name for the run if it is created; one that exists keeps its own."""
     rules: Rules
+    """Settings of the new run; refused if they are not those of one that exists."""
 
     def arguments(self) -> list[Any]:
+        """The rules come last, in the order of their fields."""
         return ["learner", self.random, self.nonce, *msgspec.structs.astuple(self.rules)]
 
 
@@ -123,11 +128,16 @@ class JoinActor(Call[Joined], frozen=True):
 
     function: ClassVar[str] = "join"
     random: str
+    """128 random bits in hex; a repeat with the same bits is the same join."""
     name: str
+    """Unique in the run: an earlier actor of this name is fenced and its leases are released."""
     host: str
+    """Name of its machine, for display."""
     schema: int = SCHEMA_VERSION
+    """Version of the records' layout that it writes; refused if it is not the run's."""
 
     def arguments(self) -> list[Any]:
+        """The role goes before the fields."""
         return ["actor", *msgspec.structs.astuple(self)]
 
 
@@ -136,9 +146,12 @@ class JoinRecorder(Call[Joined], frozen=True):
 
     function: ClassVar[str] = "join"
     random: str
+    """128 random bits in hex; a repeat with the same bits is the same join."""
     name: str
+    """Unique in the run: an earlier recorder of this name is fenced."""
 
     def arguments(self) -> list[Any]:
+        """The role goes before the fields."""
         return ["recorder", *msgspec.structs.astuple(self)]
 
 
@@ -146,7 +159,9 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     """Answer of `Heartbeat`."""
 
     head: int
+    """The next step to assign."""
     version: int
+    """The newest committed version, -1 before the first."""
     over: bool
     """No more leases will come: every step is assigned, or a stop was asked for."""
     ended: str
@@ -160,14 +175,18 @@ class Heartbeat(Call[Beat], frozen=True):
 
     function: ClassVar[str] = "heartbeat"
     actor: str
+    """Name under which the actor joined."""
     epoch: str
+    """Epoch of that join; any other is fenced."""
     state: str
     """`starting`, `running`, `draining`."""
     stats: str
     """A flat JSON object of figures for `launch status`."""
     tokens: tuple[str, ...]
+    """Tokens of the leases it works on."""
 
     def arguments(self) -> list[Any]:
+        """The role goes before the fields."""
         return ["actor", *super().arguments()]
 
 
@@ -175,10 +194,13 @@ class Standing(msgspec.Struct, array_like=True, frozen=True):
     """Answer of `LearnerBeat` and `RecorderBeat`: where the run stands."""
 
     head: int
+    """The next step to assign."""
     version: int
+    """The newest committed version, -1 before the first."""
     covered: int
     """The last step whose payloads are gone."""
     ended: str
+    """Why the learner ended the run, empty while it goes on."""
 
 
 class LearnerBeat(Call[Standing], frozen=True):
@@ -186,8 +208,10 @@ class LearnerBeat(Call[Standing], frozen=True):
 
     function: ClassVar[str] = "heartbeat"
     epoch: str
+    """Epoch of the learner; any other is fenced."""
 
     def arguments(self) -> list[Any]:
+        """The role goes before the epoch."""
         return ["learner", self.epoch]
 
 
@@ -196,10 +220,14 @@ class RecorderBeat(Call[Standing], frozen=True):
 
     function: ClassVar[str] = "heartbeat"
     name: str
+    """Name under which the recorder joined."""
     epoch: str
+    """Epoch of that join; any other is fenced."""
     step: int
+    """The last step that it has whole, -1 for none."""
 
     def arguments(self) -> list[Any]:
+        """The role goes before the fields."""
         return ["recorder", *super().arguments()]
 
 
@@ -207,7 +235,9 @@ class Serving(msgspec.Struct, array_like=True, frozen=True):
     """Answer of `Applied`: what the actor now counts as serving."""
 
     version: int
+    """Newer than the one said if the engine was already further."""
     digest: str
+    """Of that version, as committed."""
 
 
 class Applied(Call[Serving], frozen=True):
@@ -218,9 +248,13 @@ class Applied(Call[Serving], frozen=True):
 
     function: ClassVar[str] = "applied"
     actor: str
+    """Name under which the actor joined."""
     epoch: str
+    """Epoch of that join; any other is fenced."""
     version: int
+    """Number of the version, from 0."""
     digest: str
+    """Digest of its exported weights, see `weightsync.manifest`."""
 
 
 class Left(msgspec.Struct, array_like=True, frozen=True):
@@ -235,5 +269,8 @@ class Leave(Call[Left], frozen=True):
 
     function: ClassVar[str] = "leave"
     role: str
+    """`actor`, `recorder` or `learner`."""
     name: str
+    """Of the actor or recorder; of the learner why the run ends, such as `done`."""
     epoch: str
+    """Epoch under which it joined; any other is fenced."""

@@ -24,13 +24,16 @@ class Feed(Call[Fed], frozen=True):
 
     function: ClassVar[str] = "feed"
     epoch: str
+    """Epoch of the learner, see `Joined.epoch`."""
     position: int
+    """Position of the first of these prompts in the queue, from 0."""
     prompts: tuple[bytes, ...]
     """Records made by `encode_prompt`."""
     final: bool = False
     """No prompt will follow these."""
 
     def arguments(self) -> list[object]:
+        """The prompts come last, as many as there are."""
         return [self.epoch, self.position, int(self.final), *self.prompts]
 
 

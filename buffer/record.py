@@ -38,25 +38,32 @@ class RecordedRun(msgspec.Struct):
     """`run.json`."""
 
     run: str
+    """Name of the run."""
     nonce: str
+    """Random name of this very run, see `Joined.nonce`."""
     start_digest: str
     """Digest of version 0."""
     rules: dict[str, Any]
+    """Its `Rules` by name."""
     config: msgspec.Raw
     """The resolved configuration, as the learner gave it."""
     environment: dict[str, str]
     """Package versions, instruction set and thread count of the learner."""
     format: int = FORMAT
+    """Version of the folder's layout; another one is refused."""
 
 
 class RecordedStep(msgspec.Struct, array_like=True):
     """A step file."""
 
     lineage: int
+    """Lineage in which the step was trained."""
     step: int
+    """Number of the step, from 0."""
     digest: str
     """Of version step + 1, as committed."""
     manifest: Manifest
+    """What was assigned to it, strikes included."""
     payloads: dict[str, bytes]
     """By group, of all that were trained."""
     routed: dict[str, tuple[bytes, ...]] = {}

@@ -15,13 +15,17 @@ class Known(msgspec.Struct):
     """What a learner keeps, and checkpoints, of its run: enough to bring an older server forward."""
 
     nonce: str
+    """Random name of this very run; a server with another one is foreign."""
     lineage: int
+    """Number of forks the run has been through."""
     head: int
+    """The next step to assign."""
     tail: int
     """Position of the next prompt, as last heard."""
     version: int
     """The newest version committed, -1 for none."""
     checkpoint: int
+    """Version of the latest committed checkpoint, 0 before the first."""
     covered: int
     """The last step that no restore asks for again, -1 for none."""
     manifests: dict[int, Manifest] = {}
@@ -44,11 +48,14 @@ class Reconcile(Call[Forked], frozen=True):
 
     function: ClassVar[str] = "reconcile"
     epoch: str
+    """Epoch of the learner, which an older server need not know."""
     restarted: bool
     """Whether the server process is another one than before: leases nobody renews count as `lost`."""
     known: Known
+    """What the server is brought forward to."""
 
     def arguments(self) -> list[Any]:
+        """Numbers first; manifests and digests go as one JSON object."""
         known = self.known
         memory = msgspec.json.encode({"manifests": known.manifests, "versions": known.versions})
         return [

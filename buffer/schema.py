@@ -122,6 +122,7 @@ class Group(msgspec.Struct, array_like=True, tag=True, eq=False):
     finished: float
     """When the last sample had its reward, same clock; for timelines only."""
     samples: list[Sample]
+    """G of them, those without a verdict included."""
     routed: Routed | None = None
     """The routed experts kept beside the record; absent: none."""
 

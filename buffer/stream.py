@@ -27,6 +27,7 @@ class Published(msgspec.Struct, array_like=True, frozen=True):
     """`ok` (also for a repeat); `late`: the lease is gone; `refused`: the group is not what the lease
     allows, and its prompt was put back."""
     reason: str
+    """Why not `ok`: `fenced`, `unknown`, `duplicate` or `engine`; `repeat` if ok before, else empty."""
     entry: str
     """Entry id of the payload, empty unless ok."""
 
@@ -37,17 +38,22 @@ class Publish(PublishCall[Published], frozen=True):
 
     function: ClassVar[str] = "publish"
     actor: str
+    """Name of the actor that holds the lease."""
     epoch: str
+    """Epoch under which it joined."""
     token: str
+    """Token of the lease, which the call ends."""
     size: int
     """Bytes of the payload and of the routed experts beside it."""
     version_min: int
+    """The oldest version that wrote tokens of the group."""
     versions: tuple[str, ...]
     """`number:digest` of each version in the group's table."""
     tokens: int = 0
     """Tokens that training the group feeds, by which it is dealt to ranks."""
 
     def arguments(self) -> list[Any]:
+        """The versions come last, as many as there are."""
         head = [self.actor, self.epoch, self.token, self.group, self.size, self.tokens, self.entry]
         return [*head, self.version_min, *self.versions]
 
@@ -63,10 +69,13 @@ class Frame(msgspec.Struct, frozen=True):
     """What a reader finds of a group: the group, or why there is none."""
 
     row: Assignment
+    """What the manifest says of it."""
     payload: bytes
     """The bytes as stored, empty if they are gone."""
     group: Group | None
+    """None: there is a problem."""
     problem: RecordError | None
+    """What is wrong with the record; its field is `payload` if the bytes are gone."""
     chunks: tuple[bytes, ...] = ()
     """The routed experts as stored, if they were read and are whole."""
 

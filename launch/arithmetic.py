@@ -25,6 +25,7 @@ class DataFiles(NamedTuple):
     """The files of a data set."""
 
     train: Path
+    """Questions with their right answers."""
     held_out: Path
     """Shares no question with `train`."""
     demonstrations: Path

@@ -36,19 +36,31 @@ class RunConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen
     seed: int = 0
     """Seed of the order of prompts and of every sample."""
     redis: RedisConfig = RedisConfig()
+    """The server and how to reach it."""
     model: ModelConfig
+    """What is trained."""
     data: DataConfig
+    """The questions, and in what mix they are asked."""
     stream: StreamConfig = StreamConfig()
+    """How many groups a step, how stale, how many steps."""
     rollout: RolloutConfig = RolloutConfig()
+    """How actors make groups of leases."""
     engine: EngineConfig = EngineConfig()
+    """What generates for an actor."""
     sft: SftConfig | None = None
     """A supervised warm-up on the data set's answers before step 0; absent: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How gradients become updates."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is maximised, and how stale tokens are corrected for."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the learner's state is saved."""
     weights: WeightsConfig = WeightsConfig()
+    """Which versions are kept as Hugging Face folders."""
     weightsync: WeightSyncConfig = WeightSyncConfig()
+    """How new weights travel to the engines."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Measuring versions beside training."""
 
 
 def load(files: Iterable[Path], overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> RunConfig:

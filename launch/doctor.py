@@ -25,9 +25,11 @@ class Finding(msgspec.Struct, frozen=True):
     """One thing that was looked at."""
 
     what: str
+    """The thing, such as `connection`; on a cluster with the node's address."""
     verdict: Literal["ok", "wrong", "unknown"]
     """`unknown`: the user of the URL may not look; ask again as an administrator."""
     found: str
+    """How it is, in words."""
     advice: str = ""
     """What to do, if it is wrong."""
 

@@ -20,12 +20,17 @@ class DeadLetter(msgspec.Struct, frozen=True):
     entry: str
     """Entry id of the letter, for `--requeue`."""
     group: str
+    """Id of the group, see `buffer.schema.group_id`."""
     reason: str
+    """Why it is here, such as `poison` or `expired`."""
     attempt: int
+    """How many leases of its prompt ended without a group before that one."""
     row: int | None
     """Row of the data set, if the letter holds the prompt; else the prompt went back to the queue."""
     prompt_tokens: int
+    """Length of the prompt; 0 if the letter does not hold it."""
     payload_bytes: int
+    """Bytes of the record as stored; 0 without one."""
     problem: str
     """What decoding the payload says, empty without one."""
 

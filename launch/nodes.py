@@ -20,6 +20,7 @@ class Nodes:
     """
 
     count: int = 1
+    """Machines that train together, at least 1."""
     per_node: int = 1
     """Processes a node: one a GPU, or as many as the CPU has room for."""
     node: int | None = None

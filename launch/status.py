@@ -19,11 +19,17 @@ class GroupCounts(msgspec.Struct, frozen=True):
     """The ledger, in groups."""
 
     admitted: int
+    """Leases ever granted."""
     leased: int
+    """Their lease is open."""
     queued: int
+    """Published, in no batch yet."""
     assigned: int
+    """In a batch whose step is not committed yet."""
     trained: int
+    """In a committed step, struck ones apart."""
     dropped: dict[str, int]
+    """By reason, such as `expired`; reasons without any are left out."""
 
     def identity(self, conserved: bool) -> str:
         """The conservation of groups as a line.
@@ -50,12 +56,17 @@ class ActorStatus(msgspec.Struct, frozen=True):
     """An actor of the run."""
 
     name: str
+    """Unique in the run."""
     state: str
     """`starting`, `running`, `draining`, or `silent` without a heartbeat for a lease's length."""
     version: int
+    """What its engine serves, -1 for nothing yet."""
     published: int
+    """Groups of its that were taken, since its process started."""
     in_flight: int
+    """Leases it is working on."""
     silent_s: float
+    """Since its last heartbeat, on the run's clock."""
     weights: str
     """What its weight agent is at, such as `serving 12` or `staging 13`; empty before it says so."""
     transport: str
@@ -66,10 +77,13 @@ class EvaluationStatus(msgspec.Struct, frozen=True):
     """The newest evaluation of the run."""
 
     version: int
+    """The version that answered."""
     samples: int
     """K, answers to each question."""
     mean_at_k: float
+    """Share of all answers that passed, 0 to 1."""
     pass_at_k: dict[int, float]
+    """k -> probability that one of k answers to a question passes, mean over the questions."""
     skipped: list[int]
     """Versions that were to be evaluated before it, and were not."""
 
@@ -100,11 +114,13 @@ class Status(msgspec.Struct, frozen=True):
     """A run at one instant."""
 
     run: str
+    """Name of the run."""
     phase: str
     """`warm-up`, `training`, `stopping`, or why it ended."""
     step: int
     """Optimizer steps done, the newest committed version."""
     max_steps: int
+    """Steps after which the run ends."""
     head: int
     """The next step to assign."""
     reward: float | None
@@ -112,13 +128,17 @@ class Status(msgspec.Struct, frozen=True):
     staleness_mean: float | None
     """Over all trained groups, in steps."""
     staleness_max: int | None
+    """Of a trained group, in steps; null before the first."""
     max_staleness: int
     """The bound, eta."""
     tokens_per_second: float | None
+    """Trained tokens over the time since the first step began; null before a step is done."""
     groups: GroupCounts
+    """Where all groups are."""
     conserved: bool
     """Whether admitted = leased + queued + assigned + trained + dropped."""
     actors: list[ActorStatus]
+    """By name, those that left apart."""
     evaluation: EvaluationStatus | None = None
     """Of a version, the newest there is; null before the first."""
 

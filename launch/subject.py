@@ -31,6 +31,7 @@ class Subject(msgspec.Struct, frozen=True):
     digest: str
     """Of the version, empty if the folder does not say so."""
     lineage: int | None
+    """Of the run; null if the folder does not say so."""
 
 
 def run_config_of(folder: Path) -> dict[str, Any]:

@@ -20,9 +20,11 @@ class Summary(msgspec.Struct, frozen=True):
     """Figures of a run, from its metrics and its last snapshot."""
 
     run: str
+    """Name of the run."""
     ended: str
     """`done`, `stopped`, or why else."""
     steps: int
+    """Steps trained."""
     seconds: float
     """From the command's start to the end of the run, start-up included."""
     train_seconds: float
@@ -34,10 +36,13 @@ class Summary(msgspec.Struct, frozen=True):
     staleness_mean: float | None
     """Over all trained groups, in steps."""
     staleness_max: int | None
+    """Of a trained group; null if none was trained."""
     max_staleness: int
     """The bound."""
     groups: GroupCounts
+    """Where all groups were at the end."""
     conserved: bool
+    """Whether admitted = leased + queued + assigned + trained + dropped."""
     versions: int
     """Committed versions, version 0 included."""
     tokens_per_second: float | None

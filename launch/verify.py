@@ -13,16 +13,21 @@ class Verification(msgspec.Struct, frozen=True):
     """What was found."""
 
     run: str
+    """Name of the run."""
     holds: bool
     """Whether nothing is violated."""
     conserved: bool
     """Whether admitted = leased + queued + assigned + trained + dropped."""
     violations: list[str]
+    """A line each, empty if it holds."""
     groups: GroupCounts
     """admitted = leased + queued + assigned + trained + dropped."""
     head: int
+    """The next step to assign."""
     version: int
+    """The newest committed version, -1 before the first."""
     lineage: int
+    """Number of forks the run has been through."""
     staleness: dict[int, int]
     """Trained groups by staleness in steps."""
     max_staleness: int

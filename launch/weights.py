@@ -46,7 +46,9 @@ class Difference(msgspec.Struct, frozen=True):
     tokens: int
     """Tokens compared."""
     largest: float
+    """Of a token; 0 without tokens."""
     mean: float
+    """Over the tokens; 0 without any."""
 
     def problem(self, rounded: bool) -> str:
         """What is wrong with it, empty if nothing is; `rounded`: something computes in bf16."""
@@ -61,6 +63,7 @@ class EngineCheck(msgspec.Struct, frozen=True):
     """One engine."""
 
     actor: str
+    """Name of the engine's actor."""
     label: str
     """Of the version with which it scored; empty if it did not answer."""
     tokens: int
@@ -75,6 +78,7 @@ class VersionCheck(msgspec.Struct, frozen=True):
     """A version that recent samples name and no engine serves."""
 
     label: str
+    """`<number>:<digest>`, see `Manifest.label`."""
     tokens: int
     """Tokens of recent samples that carry this label."""
     kept: bool
@@ -89,6 +93,7 @@ class WeightChecks(msgspec.Struct, frozen=True):
     """What became of recent samples."""
 
     engines: list[EngineCheck]
+    """By actor's name: those that are live and serve a version."""
     versions: list[VersionCheck]
     """By rising version."""
 
@@ -107,6 +112,7 @@ class Span(msgspec.Struct, frozen=True):
     begin: int
     """Place of the first one's score in the sequence's scores."""
     logprobs: list[float]
+    """Of each token as recorded, nats."""
     policy: list[bool]
     """Which of them the policy wrote."""
 
@@ -115,6 +121,7 @@ class Samples(msgspec.Struct):
     """Recent samples, ready to be scored again."""
 
     sequences: list[list[int]]
+    """Token ids of each sample, prompt and answer."""
     spans: dict[str, list[Span]]
     """By label."""
 

@@ -24,7 +24,9 @@ class Batch(msgspec.Struct, eq=False):
     """What one step is to train, as fetched."""
 
     step: int
+    """Number of the step, from 0."""
     manifest: Manifest
+    """Of all ranks, as assigned."""
     frames: list[Frame]
     """This rank's share: each row with its group, or why there is none."""
     queued: int

@@ -21,6 +21,7 @@ class Share(msgspec.Struct, frozen=True):
     first: int
     """Index of the first."""
     count: int
+    """How many there are."""
     weight: float
     """How often an epoch asks each."""
 

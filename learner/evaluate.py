@@ -22,7 +22,9 @@ class Evaluation(msgspec.Struct, frozen=True):
     """Accuracy at temperature 1, and a few greedy answers to look at."""
 
     accuracy: float
+    """Share of right answers, 0 to 1; one answer a prompt."""
     prompts: int
+    """How many were asked, at most `PROMPTS`."""
     examples: list[dict[str, str]]
     """`question`, `answered`, `gold`."""
 

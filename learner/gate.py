@@ -30,6 +30,7 @@ class Agreement(msgspec.Struct, frozen=True):
     """How far the learner is from the engines, over the tokens that one version wrote."""
 
     tokens: int
+    """Tokens compared; 0 if the batch has none that the version wrote."""
     mean: float
     """Mean |log p(engine) - log p(learner)| of a token, nats; 0 without tokens."""
     worst: str
@@ -38,9 +39,11 @@ class Agreement(msgspec.Struct, frozen=True):
 
 class _Looked(NamedTuple):
     group: Group
+    """The group it is in."""
     number: int
     """Which sample of the group."""
     sample: Sample
+    """What its engine recorded."""
     counted: np.ndarray
     """bool [T - P]: answer tokens that the version wrote and that are trained."""
 

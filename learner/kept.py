@@ -42,6 +42,7 @@ class Kept(msgspec.Struct, frozen=True):
     """`version.json` of a kept version."""
 
     version: int
+    """Optimizer steps behind the weights."""
     digest: str
     """Of the exported tensors, as committed."""
     lineage: int

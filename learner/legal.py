@@ -31,10 +31,13 @@ class Legal:
     """Combinations that mean something."""
 
     loss: str
+    """One of `LOSSES`, or `CUSTOM`."""
     mode: str
+    """`decoupled` or `bypass`, see `ObjectiveConfig.mode`."""
     mini_batches: int
     """From so many mini-batches a batch on."""
     corrections: tuple[str, ...]
+    """Those of `CORRECTIONS` that go with it."""
 
 
 LEGAL = (

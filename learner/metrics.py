@@ -19,7 +19,9 @@ class Metric:
     name: str
     """As in `metrics.jsonl`; `<s>` stands for a staleness in steps, `<part>` for a part of the reward."""
     unit: str
+    """Such as `tokens`; `-` for a pure number."""
     meaning: str
+    """What it is of, and over what it is taken."""
 
 
 METRICS = (

@@ -26,6 +26,7 @@ class Packed:
     """One micro-batch and what other policies than the trained one say of its N tokens."""
 
     batch: MicroBatch
+    """The tokens as fed, and their targets."""
     proximal: torch.Tensor | None = None
     """[N] log pi_p; None: equal to pi, as there is one optimizer step."""
     reference: torch.Tensor | None = None
@@ -46,6 +47,7 @@ class MiniBatch:
     groups: list[Group]
     """In canonical order; empty where the other ranks have all of the mini-batch."""
     packed: list[Packed]
+    """Its micro-batches, as many on every data-parallel rank."""
     totals: Totals
     """Over all data-parallel ranks."""
 

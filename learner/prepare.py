@@ -36,6 +36,7 @@ class Prepared:
     ids: list[str]
     """Of its groups, in canonical order."""
     chosen: Chosen
+    """The part of it that is trained."""
     rows: dict[str, list[Row]]
     """By group of those that are trained: a row a sample, advantages still 0."""
     minis: list[MiniBatch] | None

@@ -54,13 +54,16 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     """Start anew from the checkpoint in a folder, with a fresh optimizer."""
 
     folder: str
+    """Hugging Face folder, which every rank reads."""
 
 
 class Fetch(msgspec.Struct, tag=True, frozen=True):
     """Read this rank's share of a step's manifest and make it ready, in the background."""
 
     step: int
+    """Number of the step, from 0."""
     manifest: Manifest
+    """Of all ranks; each takes its share."""
     mini_batches: int
     """So many runs of it are trained one after the other."""
     routed: bool
@@ -75,30 +78,40 @@ class Train(msgspec.Struct, tag=True, frozen=True):
     """Train the share that was taken."""
 
     step: int
+    """Number of the step, from 0."""
 
 
 class Supervise(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.sft_step`, of which each data-parallel rank takes its share."""
 
     samples: list[tuple[list[int], list[int]]]
+    """(prompt ids, answer ids) of all ranks."""
     lr: float
+    """Learning rate of the step."""
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.score`."""
 
     sequences: list[list[int]]
+    """Token ids, the same on every rank."""
     temperature: float
+    """By which logits are divided, above 0."""
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.generate`."""
 
     prompts: list[list[int]]
+    """Token ids of each."""
     max_new_tokens: int
+    """Of an answer."""
     eos_id: int
+    """Token that ends an answer."""
     temperature: float
+    """0: greedy."""
     seed: int
+    """Of the draws; the same on every rank."""
 
 
 class Export(msgspec.Struct, tag=True, frozen=True):
@@ -111,12 +124,14 @@ class Save(msgspec.Struct, tag=True, frozen=True):
     folder: str
     """Of all checkpoints."""
     name: str
+    """Of this one, `step-<version>-<epoch>`."""
 
 
 class GoOn(msgspec.Struct, tag=True, frozen=True):
     """`Trainer.load_checkpoint`; the trainer is not used any more if it fails."""
 
     folder: str
+    """That of the checkpoint."""
 
 
 class Keep(msgspec.Struct, tag=True, frozen=True):

@@ -28,26 +28,34 @@ class Settings(msgspec.Struct, frozen=True):
     """The part of a recorded configuration that decides the weights."""
 
     seed: int
+    """Of the run; the weights depend on it only in the control run, whose permutation it drives."""
     model: ModelConfig
+    """Trained on one rank here, whatever its layout was."""
     optimizer: OptimizerConfig
+    """How gradients become updates."""
     objective: ObjectiveConfig
+    """As in the run; with routing replay the record has to hold the experts."""
 
 
 class Replayed(msgspec.Struct, frozen=True):
     """What a replay came to."""
 
     run: str
+    """Name of the recorded run."""
     steps: int
     """Steps trained, each with the recorded digest unless `differs` names one."""
     version: int
+    """Number of the last version trained, 0 if no step was."""
     digest: str
     """Of the last version trained."""
     identical: bool
+    """Whether every version has the recorded digest."""
     differs: str
     """The first version that differs, with both digests; empty if none does."""
     unlike: dict[str, str]
     """What of the environment is not as recorded: name -> "<here>, recorded <there>"."""
     seconds: float
+    """From the model's loading to the end."""
 
 
 def replay(folder: RecordFolder, start: Path, steps: int | None) -> Replayed:

@@ -28,6 +28,7 @@ class Wanted(msgspec.Struct, frozen=True):
     folder: str
     """A Hugging Face folder with its weights."""
     sequences: list[list[int]]
+    """Token ids, each from its first."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -36,6 +37,7 @@ class Job(msgspec.Struct, frozen=True):
     model: ModelConfig
     """The run's; `path` holds its config.json."""
     wanted: list[Wanted]
+    """A folder each, scored in this order."""
 
 
 def rescore(job: Job) -> list[list[list[float]] | None]:

@@ -42,6 +42,7 @@ class Message(msgspec.Struct, frozen=True):
     role: str
     """`system`, `user` or `assistant`."""
     content: str
+    """Its text, without the template's special tokens."""
 
 
 class Tokenizer:

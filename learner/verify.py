@@ -20,6 +20,7 @@ class WeightCheck(msgspec.Struct, frozen=True):
     """How far engines are from the learner, at one version."""
 
     version: int
+    """The version that all were to serve."""
     tokens: int
     """Tokens that were scored."""
     max_difference: dict[str, float]

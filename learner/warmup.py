@@ -29,10 +29,15 @@ class Settings(msgspec.Struct, frozen=True):
     """The part of the run's configuration that concerns a warm-up."""
 
     seed: int
+    """Of the orders of questions and demonstrations."""
     model: ModelConfig
+    """What is warmed up."""
     data: DataConfig
+    """The questions, with the answers to learn."""
     optimizer: OptimizerConfig
+    """Its learning rate gives way to that of `sft`."""
     sft: SftConfig
+    """How long, and how fast."""
 
 
 def warm_up_on(

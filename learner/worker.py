@@ -74,16 +74,27 @@ class Settings(msgspec.Struct, frozen=True):
     """The part of the run's configuration that concerns the learner."""
 
     name: str
+    """Of the run, in Redis and of its folder."""
     seed: int
+    """Of the orders of prompts and demonstrations, and of the control run's permutation."""
     model: ModelConfig
+    """What is trained, and how it is laid out on the ranks."""
     data: DataConfig
+    """The questions that are fed."""
     stream: StreamConfig
+    """Of which the run's rules are made."""
     optimizer: OptimizerConfig
+    """How gradients become updates."""
     objective: ObjectiveConfig
+    """What is maximised, and how stale tokens are corrected for."""
     weightsync: WeightSyncConfig
+    """How new weights are offered to the engines."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the learner's state is saved."""
     weights: WeightsConfig = WeightsConfig()
+    """Which versions are kept as Hugging Face folders."""
     evaluation: Evaluated = Evaluated()
+    """Which versions an evaluator will want kept."""
     sft: SftConfig | None = None
     """A supervised warm-up before version 0, or none."""
 

@@ -28,6 +28,7 @@ class Copy:
     offset: int
     """Bytes from the start of the image to the source's first element."""
     size: tuple[int, ...]
+    """Dimensions of the source, which are those of `target`."""
     stride: tuple[int, ...]
     """Of the source, in elements."""
     dtype: torch.dtype

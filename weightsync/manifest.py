@@ -31,6 +31,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
     dtype: str
     """Such as `float32`."""
     shape: tuple[int, ...]
+    """Its dimensions; () for a scalar."""
     offset: int = 0
     """Of its first byte in the image."""
 

@@ -39,7 +39,9 @@ class Derived:
     function: Callable[..., torch.Tensor]
     """An operator that fills the buffer from live tensors, or changes it after that in place."""
     arguments: tuple[Any, ...]
+    """By position, live tensors among them."""
     named: dict[str, Any]
+    """Likewise by name."""
 
     def compute(self) -> None:
         """Fills or changes the buffer."""
@@ -55,6 +57,7 @@ class Plan:
     addresses: dict[str, int]
     """Where each tensor of the model lay; one that has moved since makes the plan void."""
     copies: list[Copy] = field(default_factory=list)
+    """From the image into the engine's tensors, even runs merged."""
     derived: list[Derived] = field(default_factory=list)
     """In the order in which they are computed, after all copies."""
     reason: str = ""

@@ -40,7 +40,9 @@ class Offer(msgspec.Struct, tag="offer", frozen=True):
     actor_epoch: str
     """Epoch of the actor this was written for; a later one ignores it."""
     version: int
+    """Number of the version, from 0."""
     digest: str
+    """Digest of its exported weights."""
     lineage: int
     """A fork makes a new one, in which versions may go back."""
     epoch: int
@@ -48,6 +50,7 @@ class Offer(msgspec.Struct, tag="offer", frozen=True):
     manifest: str
     """Digest of the manifest as it travels."""
     sources: list[Source]
+    """Where it can be had; the actor tries those it can reach, by its own order of transports."""
 
     @property
     def label(self) -> str:
@@ -68,29 +71,38 @@ class JoinGroup(msgspec.Struct, tag="join", frozen=True):
     group: str
     """Name of the group, never used before."""
     address: str
+    """Host on which the learner, rank 0, waits."""
     port: int
+    """TCP port there."""
 
 
 class Receive(msgspec.Struct, tag="receive", frozen=True):
     """Receive a version through the group and serve it."""
 
     actor_epoch: str
+    """Epoch of the actor this was written for; a later one ignores it."""
     group: str
+    """Name of a group joined before."""
     manifest: Manifest
+    """Which version it is, and its tensors."""
 
 
 class Score(msgspec.Struct, tag="score", frozen=True):
     """Say the log-probabilities of these token sequences under the version now served."""
 
     actor_epoch: str
+    """Epoch of the actor this was written for; a later one ignores it."""
     request: str
+    """Random name of the question, which the answer repeats."""
     sequences: list[list[int]]
+    """Token ids; the first of each is given and not scored."""
 
 
 class Scores(msgspec.Struct, frozen=True):
     """Answer to `Score`."""
 
     request: str
+    """That of the `Score` it answers."""
     label: str
     """Label of the version that scored, see `Manifest.label`."""
     logprobs: list[list[float]]

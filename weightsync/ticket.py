@@ -41,7 +41,9 @@ class Report(msgspec.Struct, frozen=True):
     """What became of a ticket in one rank of the engine."""
 
     number: int
+    """That of the ticket; -1 if it could not be read."""
     pid: int
+    """Process id of the rank."""
     problem: str = ""
     """Why the version is not loaded; empty if it is."""
     touched: bool = False

@@ -59,7 +59,9 @@ class Message(msgspec.Struct, frozen=True):
     """What is compared and written of a message."""
 
     role: str
+    """Such as `user`, `assistant` or `tool`."""
     content: str
+    """Text; what is no text is refused."""
 
 
 class Chat:

@@ -90,9 +90,13 @@ class _Batch(msgspec.Struct):
     """One call to be: a context and a seed and future for each sample that waits."""
 
     context: list[int]
+    """Token ids that all of them share."""
     sampling: Sampling
+    """Its token limit is what room is left behind the context."""
     seeds: list[int]
+    """One a sample."""
     answers: list[asyncio.Future[Completion]]
+    """In the order of the seeds."""
 
 
 class Policy:

@@ -20,7 +20,9 @@ class Weighted(msgspec.Struct, frozen=True):
     """A reward function of a rubric."""
 
     function: Callable[..., Any]
+    """Its parameters are filled by name; it may be `async`."""
     weight: float
+    """Factor in the sum, never 0."""
     objects: dict[str, Any]
     """What the rubric offers to its functions by name, such as `parser`."""
 

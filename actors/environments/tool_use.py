@@ -24,7 +24,9 @@ class ToolCall(msgspec.Struct, frozen=True):
     """A call as Qwen and Hermes models write it: ``{"name": "calculator", "arguments": {...}}``."""
 
     name: str
+    """As the policy wrote it; there may be no such tool."""
     arguments: dict[str, Any] = {}
+    """By name, JSON values as the policy wrote them."""
 
 
 class ToolUse(Environment):

@@ -44,9 +44,13 @@ class Task(msgspec.Struct, frozen=True):
     prompt: list[dict[str, Any]]
     """The messages that the environment believes to have asked."""
     example_id: int
+    """Its number in their data set."""
     answer: str = ""
+    """What the rubric holds answers against; may be empty."""
     task: str = "default"
+    """Name of the task, by which groups of environments choose one."""
     info: dict[str, Any] | str = {}
+    """More for the rubric, as the data set has it."""
 
 
 class Verifiers(Environment):

@@ -35,6 +35,7 @@ class Reply(msgspec.Struct, array_like=True, frozen=True):
     """How a call, or the load, ended."""
 
     number: int
+    """That of the call; 0 for the load."""
     problem: Literal["", "raised", "memory"] = ""
     """Empty: `result` holds what the handler returned."""
     message: str = ""

@@ -47,11 +47,13 @@ class State(msgspec.Struct, frozen=True):
     epoch: int
     """Number of the learner's epoch that wrote it."""
     lineage: int
+    """Of the run, when it was saved."""
     memory: msgspec.Raw
     """`Session.memory()` of then: manifests, digests, head and prompt cursor."""
     optimizer_steps: int = 0
     """Updates behind the optimizer's moments; 0: none was made, there are none."""
     format: int = FORMAT
+    """Version of the folder's layout; another one is refused."""
 
     @property
     def name(self) -> str:
@@ -63,7 +65,9 @@ class Checkpoint(msgspec.Struct, frozen=True):
     """A complete checkpoint."""
 
     path: Path
+    """Its folder."""
     state: State
+    """What its `state.json` says."""
 
     @property
     def version(self) -> int:

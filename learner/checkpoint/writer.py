@@ -38,7 +38,9 @@ class Job(msgspec.Struct, frozen=True):
     state: State | None
     """What rank 0 writes beside the pieces; the others have none."""
     rank: int
+    """Of the learner's process, from 0."""
     ranks: int
+    """How many of them write pieces of this checkpoint."""
     slots: list[Slot]
     """This rank's pieces, in the shared memory."""
     random: bytes

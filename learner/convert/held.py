@@ -36,6 +36,7 @@ class Region(msgspec.Struct, frozen=True):
     """A slice of a key."""
 
     key: str
+    """Name in the distributed checkpoint."""
     expert: int | None
     """The expert to which it belongs, where the key holds all of a layer."""
     start: tuple[int, ...]

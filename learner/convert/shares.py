@@ -19,6 +19,7 @@ class Share:
     """Where a tensor of the model lies in a checkpoint: one key, or a slice of it."""
 
     key: str
+    """Name in the distributed checkpoint."""
     shape: tuple[int, ...]
     """Dimensions of the whole key."""
     start: tuple[int, ...]

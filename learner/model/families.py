@@ -39,19 +39,31 @@ class Family(msgspec.Struct, kw_only=True, frozen=True):
     """Fields of the family that do not change the model's output."""
 
     model_type: str
+    """Key of `FAMILIES`."""
     architectures: list[str] | None = None
+    """Must be the one that is built; None: not said."""
     vocab_size: int
+    """Rows of the embedding."""
     hidden_size: int
+    """Width of the residual stream."""
     intermediate_size: int
+    """Inner width of a dense MLP."""
     num_hidden_layers: int
+    """Layers, those for multi-token prediction apart."""
     num_attention_heads: int
+    """Query heads."""
     num_key_value_heads: int
+    """Key and value heads; divides the query heads."""
     rms_norm_eps: float
+    """Added to the mean square under the root."""
     max_position_embeddings: int
+    """Longest sequence, in tokens."""
     tie_word_embeddings: bool = False
+    """Whether the output layer is the embedding."""
     rope_theta: float = 10000.0
     """With `partial_rotary_factor`: from `rope_parameters` where that has it."""
     partial_rotary_factor: float | None = None
+    """Share of a head's width that is rotated; None: the family's own."""
 
     def shape(self) -> Shape:
         """The architecture. Raises `ConfigError` for a combination that is not built."""
@@ -84,7 +96,9 @@ class Qwen3(Family, kw_only=True, frozen=True):
     ignored: ClassVar[frozenset[str]] = frozenset({"max_window_layers", "sliding_window"})
 
     head_dim: int
+    """Width of one head, not bound to hidden_size / heads."""
     layer_types: list[str] | None = None
+    """Attention of each layer; None: the family's own order."""
 
     def shape(self) -> Shape:
         """Softmax attention and a dense MLP in every layer."""
@@ -105,13 +119,19 @@ class Qwen3Moe(Qwen3, kw_only=True, frozen=True):
     ignored: ClassVar[frozenset[str]] = Qwen3.ignored | {"output_router_logits", "router_aux_loss_coef"}
 
     num_experts: int | None = None
+    """Of a layer; None: `num_local_experts` says it."""
     num_local_experts: int | None = None
     """What transformers 5 calls `num_experts`."""
     num_experts_per_tok: int
+    """Experts a token is sent to, from 2."""
     moe_intermediate_size: int
+    """Inner width of an expert."""
     norm_topk_prob: bool = False
+    """Whether the weights of a token's experts sum to 1."""
     decoder_sparse_step: int = 1
+    """Every how many layers experts stand; 1: in all."""
     mlp_only_layers: list[int] | None = None
+    """Layers, from 0, that have a dense MLP all the same."""
 
     def shape(self) -> Shape:
         """Softmax attention in every layer, experts in those that config.json names."""
@@ -139,11 +159,17 @@ class Qwen3Next(Qwen3Moe, kw_only=True, frozen=True):
     """Qwen3-Next: gated DeltaNet, gated attention, experts with a gated shared one, norms at zero."""
 
     linear_num_key_heads: int
+    """Query and key heads of DeltaNet; divides its value heads."""
     linear_num_value_heads: int
+    """Value heads of DeltaNet."""
     linear_key_head_dim: int
+    """Width of a query or key head of DeltaNet."""
     linear_value_head_dim: int
+    """Width of a value head of DeltaNet."""
     linear_conv_kernel_dim: int
+    """Taps of its causal convolution."""
     shared_expert_intermediate_size: int
+    """Inner width of the expert that every token passes."""
     norm_topk_prob: bool = True
     full_attention_interval: int = 4
     """Every how many layers softmax attention stands, unless `layer_types` lists them."""
@@ -202,19 +228,31 @@ class DeepseekV3(Family, kw_only=True, frozen=True):
     )
 
     n_routed_experts: int
+    """Experts of a layer, the shared ones apart."""
     n_shared_experts: int
+    """Experts that every token passes, built as one of their summed width."""
     num_experts_per_tok: int
     moe_intermediate_size: int
     first_k_dense_replace: int
+    """Layers from the embedding up that have a dense MLP."""
     routed_scaling_factor: float
+    """To what the weights of a token's experts sum."""
     n_group: int
+    """Groups into which the router divides the experts; 1: it does not."""
     topk_group: int
+    """Groups of which a token's experts are chosen."""
     q_lora_rank: int | None
+    """Width of the queries' bottleneck; None: they are projected directly."""
     kv_lora_rank: int
+    """Width of the bottleneck of keys and values."""
     qk_nope_head_dim: int
+    """Width of a query or key head that is not rotated."""
     qk_rope_head_dim: int
+    """Width that is rotated; all heads share that of the keys."""
     v_head_dim: int
+    """Width of a value head."""
     num_nextn_predict_layers: int = 0
+    """Layers for multi-token prediction; 0: none."""
     yarn: Yarn | None = None
     """Read from `rope_parameters`."""
 
@@ -294,15 +332,21 @@ class NemotronH(Family, kw_only=True, frozen=True):
     """Not read: the list of layers says it."""
     rms_norm_eps: float = 1e-5
     layers_block_type: list[str] | None = None
+    """`mamba`, `attention` or `mlp` for each layer; None: see the next one."""
     hybrid_override_pattern: str | None = None
     """The list of layers as older checkpoints write it."""
     head_dim: int
     mamba_num_heads: int
+    """Heads of the Mamba-2 state."""
     mamba_head_dim: int
+    """Width of one of them."""
     n_groups: int
+    """Groups of Mamba-2 heads that share input and output projections; divides the heads."""
     ssm_state_size: int
+    """Numbers a channel remembers."""
     conv_kernel: int
     chunk_size: int
+    """Tokens that the Mamba-2 kernels take at a time."""
     time_step_limit: Any = None
     """Bounds of the step width; built is none."""
 
