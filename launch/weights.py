@@ -29,6 +29,7 @@ from buffer.schema import Group, Sample
 from launch.errors import LaunchError
 from launch.local import run_folder
 from launch.supervise import process_environment
+from weightsync.manifest import parse_label
 from weightsync.scoring import ask_scores
 
 TOLERANCE = 1e-3
@@ -219,7 +220,8 @@ def check_kept(
 ) -> list[VersionCheck]:
     """Scores the spans `left`, by label, under the versions in the folders `kept`; `model` is that of the
     run's configuration. Raises `LaunchError`."""
-    wanted = [label for label in sorted(left, key=_version_of) if label in kept]
+    ordered = sorted(left, key=parse_label)
+    wanted = [label for label in ordered if label in kept]
     asked = {label: sorted({span.sequence for span in left[label]}) for label in wanted}
     jobs = [
         {"folder": str(kept[label]), "sequences": [samples.sequences[index] for index in asked[label]]}
@@ -227,7 +229,7 @@ def check_kept(
     ]
     scored = dict(zip(wanted, _rescored(model, jobs) if jobs else [], strict=True))
     checks = []
-    for label in sorted(left, key=_version_of):
+    for label in ordered:
         spans, scores = left[label], scored.get(label)
         if scores is None:
             checks.append(VersionCheck(label, sum(sum(span.policy) for span in spans), False, 0.0, ""))
@@ -238,10 +240,6 @@ def check_kept(
         problem += ": other weights wrote them than those that are kept" if problem else ""
         checks.append(VersionCheck(label, found.tokens, True, found.largest, problem))
     return checks
-
-
-def _version_of(label: str) -> int:
-    return int(label.partition(":")[0])
 
 
 def _rescored(model: dict[str, Any], wanted: list[dict[str, Any]]) -> list[list[list[float]] | None]:
