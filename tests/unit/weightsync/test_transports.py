@@ -255,14 +255,24 @@ def test_a_delta_stands_aside_without_its_parent() -> None:
     [("auto", ["shm", "delta", "peer", "disk"]), ("peer", ["peer"]), ("delta", ["delta", "peer"])],
 )
 def test_the_configuration_chooses(chosen: str, expected: list[str]) -> None:
-    config = WeightSyncConfig(transport=chosen, delta=True)  # type: ignore[arg-type]
+    config = WeightSyncConfig(transport=chosen, delta=chosen != "peer")  # type: ignore[arg-type]
     assert [transport.kind for transport in transports(config)] == expected
 
 
-@pytest.mark.parametrize("chosen", ["disk", "delta"])
-def test_a_transport_without_what_it_needs_is_refused(chosen: str) -> None:
-    with pytest.raises(ValueError, match="set weightsync"):
+@pytest.mark.parametrize(
+    ("chosen", "needed"), [("disk", "folder"), ("delta", "delta"), ("cuda_ipc", "gpu"), ("nccl", "gpu")]
+)
+def test_a_transport_without_what_it_needs_is_refused(chosen: str, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"set weightsync.{needed} "):
         WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chosen", ["shm", "peer", "gloo", "stock"])
+@pytest.mark.parametrize("option", [{"gpu": True}, {"delta": True}, {"folder": "/shared"}])
+def test_an_option_that_the_transport_does_not_use_is_refused(chosen: str, option: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: set beside .* leave it out"):
+        WeightSyncConfig(transport=chosen, **option)  # type: ignore[arg-type]
+    WeightSyncConfig(**option)
 
 
 def test_a_chunk_is_verified_while_the_next_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
