@@ -179,6 +179,8 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = SEND_TIMEOUT_S
+    disable_nagle_algorithm = True
+    """Else the last bytes of an answer wait for the other side, which waits 40 ms for more."""
     server: _Server
 
     def do_GET(self) -> None:
