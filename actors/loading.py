@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pkgutil
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from actors.errors import LoadError
@@ -17,12 +17,11 @@ def find(path: str, field: str) -> Any:
     >>> find("actors.rewards:gsm8k", "rollout.reward").__name__
     'gsm8k'
     """
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
+    if not all(path.partition(":")):
         raise LoadError(f"{field}: got {path!r}, expected `module:name`, such as actors.rewards:gsm8k")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(path)
+    except (ValueError, ImportError, AttributeError) as error:
         raise LoadError(
             f"{field}: cannot load {path!r}: {error}; name something in a module that the actors' Python "
             "can import"

@@ -96,7 +96,7 @@ class Loop:
         return manifest
 
     def _publish(self) -> Manifest:
-        """Commits the version of now, offers it to the engines, and saves it now and then.
+        """Commits the version of now and offers it to the engines.
 
         Of a version committed before, the digest of then counts: weights that came out differently, as they
         may on a GPU, go on being trained and are saved, but not offered.
@@ -115,16 +115,17 @@ class Loop:
             self._kept.put(manifest, tensors)
             if newest:
                 self._offers.publish(manifest, tensors)
-        if self._checkpoints is not None and manifest.version:
-            self._checkpoints.after_step(self._trainer, manifest.digest)
         return manifest
 
     def _step(self, batch: Batch, groups: list[Group]) -> Manifest:
-        """Trains one batch, commits the version it makes, records what happened."""
+        """Trains one batch, commits the version it makes, saves it now and then, records what happened."""
         record, began = self._record, time.time()
         metrics = self._trainer.train_step(groups, batch.step)
         trained = time.time()
         manifest = self._publish()
+        published = time.time()
+        if self._checkpoints is not None:
+            self._checkpoints.after_step(self._trainer, manifest.digest)
         ended = time.time()
         record.trained(batch.step, began, trained)
         record.generated(groups)
@@ -136,7 +137,7 @@ class Loop:
                 "queued": batch.queued,
                 "seconds_wait": batch.waited_s,
                 "seconds_fetch": batch.fetched_s,
-                "seconds_publish": ended - trained,
+                "seconds_publish": published - trained,
                 "seconds_checkpoint": self._checkpoints.stalled_s if self._checkpoints else 0.0,
                 "seconds_saving": self._checkpoints.saving_s if self._checkpoints else 0.0,
                 "seconds_push": self._offers.push_seconds(),

@@ -94,7 +94,9 @@ METRICS = (
     Metric("mfu", "share", "tflops over what the GPU can do at its best; null without a GPU that is known"),
     Metric("seconds_wait", "s", "without a batch to train"),
     Metric("seconds_fetch", "s", "reading, decoding and packing the batch, while the step before trained"),
-    Metric("seconds_publish", "s", "export, digest and commit of the new version, and the next"),
+    Metric(
+        "seconds_publish", "s", "that the step waited for its version to be exported, digested and committed"
+    ),
     Metric(
         "seconds_checkpoint", "s", "that the step waited for a checkpoint: to be begun, copied, committed"
     ),

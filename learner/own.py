@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +15,9 @@ def find(path: str, field: str) -> Callable[..., Any]:
     >>> find("math:sqrt", "objective.loss")(4.0)
     2.0
     """
-    module, _, function = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(path)
+    except (ValueError, ImportError, AttributeError) as error:
         raise ConfigError(
             f"{field}: got `{path}`, expected a function that can be imported: {error}; put the module on "
             "PYTHONPATH"

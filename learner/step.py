@@ -28,11 +28,11 @@ from buffer.schema import Group
 from learner.advantage import advantages, formula_named
 from learner.checkpoint.state import Part, load, parts
 from learner.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.config.legal import idle_settings
 from learner.convert.hf import export_hf, load_hf, save_hf
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
 from learner.errors import BatchError, CheckpointError, ConfigError
 from learner.flops import cost_of
-from learner.legal import idle_settings
 from learner.metrics import Metrics
 from learner.mfu import Utilisation
 from learner.minibatch import MiniBatch, Packed, less_divergence, scored, with_advantages

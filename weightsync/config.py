@@ -10,6 +10,8 @@ WAYS = ("cuda_ipc", "shm", "delta", "peer", "disk")
 """The transports that an agent pulls by, the cheapest first."""
 ON_GPU = ("cuda_ipc", "nccl")
 """Those that need CUDA, and the version in the memory of the learner's GPU."""
+_NEEDS = {"disk": "folder", "delta": "delta", "cuda_ipc": "gpu", "nccl": "gpu"}
+"""What the learner must offer for a transport, as a field here."""
 
 
 class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
@@ -35,10 +37,17 @@ class WeightSyncConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     """Compare every element in the engine with what was staged, before the engine goes on."""
 
     def __post_init__(self) -> None:
-        """Refuse a transport without what it needs. Raises `ValueError`; msgspec adds the path."""
-        if self.transport == "disk" and not self.folder:
-            raise ValueError('transport: got "disk" without a folder; set weightsync.folder to a shared one')
-        if self.transport == "delta" and not self.delta:
-            raise ValueError('transport: got "delta", which is not offered; set weightsync.delta = true')
-        if self.transport in ON_GPU and not self.gpu:
-            raise ValueError(f'transport: got "{self.transport}" without gpu; set weightsync.gpu = true')
+        """Refuse a transport without what it needs, and what no transport uses. Raises `ValueError`; msgspec
+        adds the path."""
+        needed = _NEEDS.get(self.transport, "")
+        if needed and not getattr(self, needed):
+            value = "to a shared folder" if needed == "folder" else "= true"
+            raise ValueError(
+                f'transport: got "{self.transport}" without {needed}; set weightsync.{needed} {value}'
+            )
+        for field in {*_NEEDS.values()} - {needed} if self.transport != "auto" else ():
+            if getattr(self, field):
+                raise ValueError(
+                    f'{field}: set beside transport "{self.transport}", which does not use it; leave it out, '
+                    'or set transport = "auto"'
+                )

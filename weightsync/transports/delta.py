@@ -1,10 +1,10 @@
 """Only what changed since the version that the agent holds: words, by chunk.
 
-After one step at a usual learning rate few words of bf16 weights differ. A chunk's delta is which of its
-words changed, one bit a word, and their new values in byte planes, both compressed:
+After one step at a usual learning rate few words of bf16 weights differ. A chunk's delta is how far each
+changed word lies from the one before, and their new values, both in byte planes and compressed:
 
     encode(old, new, word=2)    -> bytes
-    decode(delta, old, room)    fills `room` with new
+    decode(delta, room)         changes `room` from old to new
 
 A delta starts from exactly one version, which its digest names, and the chunk it makes is verified like
 any other.
@@ -12,12 +12,14 @@ any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from buffer.errors import RecordError
-from buffer.frame import pack, unpack
+from buffer.frame import Bytes, pack, unpack
 from weightsync.errors import SourceError
-from weightsync.image import Image, populate
+from weightsync.image import Image
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -25,6 +27,8 @@ from weightsync.transports.peer import answers, ask, connected
 
 WORTH = 0.5
 """A delta of more than this part of the image is not offered: a full pull is then the simpler way."""
+_GAP = np.dtype("<u4")
+"""How far a changed word lies from the one before, in words."""
 
 
 class Delta:
@@ -48,16 +52,14 @@ class Delta:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
         assert staging.parent is not None
-        held = staging.parent.readable()
-        old = memoryview(held)
         with connected(source, self._timeout_s) as connection:
             numbers = staging.missing()
             paths = [f"/{version}/delta/{number}" for number in numbers]
             for number, changed in zip(numbers, answers(connection, source, paths), strict=True):
                 chunk = staging.manifest.chunks[number]
-                populate(held, chunk.offset, chunk.size)
                 with staging.room(number) as room:
-                    decode(changed, old[chunk.offset : chunk.offset + chunk.size], room)
+                    staging.parent.read(chunk.offset, room)
+                    decode(changed, room)
                 staging.keep(number)
 
 
@@ -66,48 +68,45 @@ def encode(old: memoryview, new: memoryview, word: int) -> bytes:
     kind = np.dtype(f"<u{word}")
     whole = len(new) - len(new) % word
     before, after = np.frombuffer(old[:whole], kind), np.frombuffer(new[:whole], kind)
-    changed = before != after
-    values = after[np.flatnonzero(changed)]
-    planes = np.ascontiguousarray(values.view(np.uint8).reshape(-1, word).T)
-    parts = [np.packbits(changed).tobytes(), *(plane.tobytes() for plane in planes), bytes(new[whole:])]
-    return bytes([word]) + pack(parts)
+    places = np.flatnonzero(before != after)
+    gaps = np.diff(places, prepend=0).astype(_GAP)
+    return bytes([word]) + pack([*_planes(gaps), *_planes(after[places]), bytes(new[whole:])])
 
 
-def decode(delta: bytes, old: memoryview, room: memoryview) -> None:
-    """Fills `room` with what `old` became. Raises `SourceError` for what is no delta of these."""
+def decode(delta: bytes, room: memoryview) -> None:
+    """Makes of the old bytes in `room` the new ones. Raises `SourceError` for what is no delta of these."""
     word = delta[0] if delta else 0
     if word not in (1, 2, 4, 8):
         raise SourceError(f"delta: got words of {word} bytes, expected 1, 2, 4 or 8; the source is damaged")
+    limit = (_GAP.itemsize + 1) * len(room) + word
     try:
-        bits, *planes, rest = unpack(delta[1:], word + 2, entry="delta", limit=4 * len(room) + 64)
+        *planes, rest = unpack(delta[1:], _GAP.itemsize + word + 1, entry="delta", limit=limit)
     except RecordError as error:
         raise SourceError(f"delta: {error}; the source is damaged") from error
-    count = len(room) // word
-    if len(bits) != (count + 7) // 8 or len(rest) != len(room) - count * word:
-        raise SourceError(f"delta: is of another size than {len(room)} bytes; the source is damaged")
-    changed = _places(np.frombuffer(bits, np.uint8), count)
-    if any(len(plane) != len(changed) for plane in planes):
+    if len({len(plane) for plane in planes}) > 1:
         raise SourceError("delta: words and their places are not equally many; the source is damaged")
-    room[:] = old
-    room[count * word :] = rest
-    values = np.stack([np.frombuffer(plane, np.uint8) for plane in planes], axis=1)
-    np.frombuffer(room[: count * word], np.dtype(f"<u{word}"))[changed] = (
-        np.ascontiguousarray(values).view(f"<u{word}").reshape(-1)
-    )
+    places = np.cumsum(_words(planes[: _GAP.itemsize], _GAP), dtype=np.int64)
+    words = len(room) // word
+    if len(rest) != len(room) - words * word or (len(places) and places[-1] >= words):
+        raise SourceError(f"delta: is of another size than {len(room)} bytes; the source is damaged")
+    kind = np.dtype(f"<u{word}")
+    np.frombuffer(room[: words * word], kind)[places] = _words(planes[_GAP.itemsize :], kind)
+    room[words * word :] = rest
 
 
-def _places(bits: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of the first `count` bits that are set, in order. Most bytes are 0 and are not unpacked.
+def _planes(words: np.ndarray) -> list[bytes]:
+    """The first byte of every word, then the second, and so on.
 
-    >>> _places(np.array([0, 0b01000001], np.uint8), 16)
-    array([ 9, 15])
-    >>> _places(np.array([0, 0b01000001], np.uint8), 15)
-    array([9])
+    >>> _planes(np.array([0x0102, 0x0304], "<u2"))
+    [b'\\x02\\x04', b'\\x01\\x03']
     """
-    there = np.flatnonzero(bits != 0)
-    found = np.flatnonzero(np.unpackbits(bits[there]).view(bool))
-    places = there[found >> 3] * 8 + (found & 7)
-    return places[: np.searchsorted(places, count)]
+    return [plane.tobytes() for plane in words.view(np.uint8).reshape(-1, words.itemsize).T]
+
+
+def _words(planes: Sequence[Bytes], kind: np.dtype) -> np.ndarray:
+    """Words from their planes."""
+    columns = [np.frombuffer(plane, np.uint8) for plane in planes]
+    return np.stack(columns, axis=1).view(kind).reshape(-1)
 
 
 def deltas(manifest: Manifest, parent: Image, image: Image) -> list[bytes] | None:

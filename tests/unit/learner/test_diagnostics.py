@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from learner.config import ObjectiveConfig
+from learner.config.legal import table as legal_table
 from learner.diagnostics import Stopwatch, Tally, count_groups, count_tokens, summary
-from learner.legal import table as legal_table
 from learner.metrics import METRICS, Metrics, row_of, table
 from learner.objective import Tokens, Totals, objective
 from learner.record import RunRecord

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from learner.config import AbortConfig, KlConfig, ObjectiveConfig
+from learner.config.legal import CORRECTIONS, LEGAL, LOSSES, MASKS, idle_settings, refusal
 from learner.errors import ConfigError
-from learner.legal import CORRECTIONS, LEGAL, LOSSES, MASKS, idle_settings, refusal
 
 EVERY = list(itertools.product((*LOSSES, "mine:loss"), ("decoupled", "bypass"), CORRECTIONS, (1, 2, 5)))
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.config import KlConfig, ObjectiveConfig
+from learner.config.legal import CUSTOM, LEGAL
 from learner.errors import ConfigError
-from learner.legal import CUSTOM, LEGAL
 from learner.objective import Tokens, Totals, objective
 from learner.objective.corrections import correct
 from learner.objective.losses import Surrogate

@@ -12,8 +12,8 @@ import torch
 
 from buffer.schema import Group, Sample
 from learner.config import AbortConfig, KlConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from learner.config.legal import LEGAL
 from learner.errors import Aborted, ConfigError, ModelError
-from learner.legal import LEGAL
 from learner.metrics import row_of
 from learner.minibatch import less_divergence, scored, split
 from learner.objective import Tokens

@@ -57,7 +57,7 @@ def slot() -> Iterator[Callable[[Manifest], Guard]]:
     ],
 )
 def test_where_there_is_a_gpu_its_ways_come_first(chosen: str, expected: list[str]) -> None:
-    config = WeightSyncConfig(transport=chosen, gpu=True)  # type: ignore[arg-type]
+    config = WeightSyncConfig(transport=chosen, gpu=chosen != "peer")  # type: ignore[arg-type]
     assert [transport.kind for transport in transports(config, ["one"])] == expected
 
 
@@ -65,7 +65,7 @@ def test_where_there_is_a_gpu_its_ways_come_first(chosen: str, expected: list[st
 def test_where_there_is_none_they_are_refused_by_name(chosen: str) -> None:
     with pytest.raises(ValueError, match=r"set weightsync.gpu = true"):
         WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]
-    config = WeightSyncConfig(transport=chosen, gpu=True)  # type: ignore[arg-type]
+    config = WeightSyncConfig(transport=chosen, gpu=chosen != "peer")  # type: ignore[arg-type]
     with pytest.raises(NoCuda, match=f'got "{chosen}", but this process sees no CUDA GPU'):
         transports(config, [])
 

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.unit.weightsync.versions import CHUNK, damaged, holding, tensors, version
@@ -221,11 +223,36 @@ def test_a_delta_is_small_where_little_changed_and_not_made_where_much_did() -> 
     one, other = (memoryview(tensor.view(torch.uint8).numpy()) for tensor in (old, new))
     delta, room = encode(one, other, 2), memoryview(bytearray(8192))
     assert len(delta) < 600
-    decode(delta, one, room)
+    room[:] = one
+    decode(delta, room)
     assert room == other
     few, _ = version(4)
     many, manifest = version(5)
     assert deltas(manifest, few, many) is None
+
+
+@given(st.binary(max_size=70), st.binary(max_size=70), st.sampled_from([1, 2, 4, 8]))
+def test_a_delta_brings_any_change(one: bytes, other: bytes, word: int) -> None:
+    size = min(len(one), len(other))
+    old, new = memoryview(one)[:size], memoryview(other)[:size]
+    room = memoryview(bytearray(old))
+    decode(encode(old, new, word), room)
+    assert room == new
+
+
+def test_a_delta_that_goes_beyond_its_chunk_is_refused() -> None:
+    old, new = memoryview(bytes(64)), memoryview(bytes(60) + b"1234")
+    delta = encode(old, new, 4)
+    decode(delta, memoryview(bytearray(64)))
+    for size in (60, 63, 65):
+        with pytest.raises(SourceError, match="another size"):
+            decode(delta, memoryview(bytearray(size)))
+
+
+def test_a_delta_from_a_version_that_is_shorter_is_refused() -> None:
+    parent, _ = version(3)
+    with pytest.raises(SourceError, match="expected 1 more"):
+        parent.read(parent.size - 1, memoryview(bytearray(2)))
 
 
 @pytest.mark.parametrize("place", range(0, 90, 3))
@@ -237,7 +264,8 @@ def test_a_damaged_delta_is_refused_or_caught_by_the_chunks_digest(place: int) -
     staging = Staging(manifest, parent, never)
 
     def bring() -> None:
-        decode(bytes(delta), old, staging.room(0))
+        staging.room(0)[:] = old
+        decode(bytes(delta), staging.room(0))
         staging.keep(0)
         staging.keep(1)  # which says what is wrong with the one before
 
@@ -255,14 +283,24 @@ def test_a_delta_stands_aside_without_its_parent() -> None:
     [("auto", ["shm", "delta", "peer", "disk"]), ("peer", ["peer"]), ("delta", ["delta", "peer"])],
 )
 def test_the_configuration_chooses(chosen: str, expected: list[str]) -> None:
-    config = WeightSyncConfig(transport=chosen, delta=True)  # type: ignore[arg-type]
+    config = WeightSyncConfig(transport=chosen, delta=chosen != "peer")  # type: ignore[arg-type]
     assert [transport.kind for transport in transports(config)] == expected
 
 
-@pytest.mark.parametrize("chosen", ["disk", "delta"])
-def test_a_transport_without_what_it_needs_is_refused(chosen: str) -> None:
-    with pytest.raises(ValueError, match="set weightsync"):
+@pytest.mark.parametrize(
+    ("chosen", "needed"), [("disk", "folder"), ("delta", "delta"), ("cuda_ipc", "gpu"), ("nccl", "gpu")]
+)
+def test_a_transport_without_what_it_needs_is_refused(chosen: str, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"set weightsync.{needed} "):
         WeightSyncConfig(transport=chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chosen", ["shm", "peer", "gloo", "stock"])
+@pytest.mark.parametrize("option", [{"gpu": True}, {"delta": True}, {"folder": "/shared"}])
+def test_an_option_that_the_transport_does_not_use_is_refused(chosen: str, option: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: set beside .* leave it out"):
+        WeightSyncConfig(transport=chosen, **option)  # type: ignore[arg-type]
+    WeightSyncConfig(**option)
 
 
 def test_a_chunk_is_verified_while_the_next_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
