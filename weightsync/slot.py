@@ -119,7 +119,7 @@ def _bring(room: torch.Tensor, manifest: Manifest, image: Image, first: int, ste
         for number in range(first, len(manifest.chunks), step):
             chunk = manifest.chunks[number]
             place = room[chunk.offset : chunk.offset + chunk.size]
-            os.preadv(image.descriptor, [sent[: chunk.size]], chunk.offset)
+            image.read(chunk.offset, sent[: chunk.size])
             place.copy_(there[: chunk.size], non_blocking=True)
             back[: chunk.size].copy_(place, non_blocking=True)
             torch.cuda.current_stream().synchronize()
