@@ -51,10 +51,10 @@ def work(quick: bool) -> None:
 def sweep(tasks: list[str], seeds: int, jobs: int, quick: bool) -> list[dict]:
     """The outcomes of all runs, in the order of `cells`.
 
-    A job has neighbours among the runs sorted by task and seed: few of them to warm up for.
+    A job has neighbours among the runs sorted by seed and task: few of them to warm up for, of both lengths.
     """
     runs = cells(tasks, seeds)
-    sorted_runs = sorted(runs, key=lambda run: (run[0], run[3]))
+    sorted_runs = sorted(runs, key=lambda run: (run[3], run[0]))
     command = [sys.executable, "-m", "benchmarks.staleness_sweep", "--job", *(["--quick"] if quick else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     bounds = [len(runs) * job // jobs for job in range(jobs + 1)]

@@ -3,11 +3,11 @@
 staging = Staging(manifest, parent=None)
 for number in staging.missing():
     read_into(staging.room(number))         # whatever the medium
-    staging.keep(number)                    # SourceError if one is not what the manifest says
+    staging.keep(number)                    # SourceError if it is not what the manifest says
 image = staging.finish()                    # sealed
 
-A chunk comes into one of two buffers. While the next one comes into the other, a thread compares its digest
-and writes it to the image, which for memory that is new is cheaper than to fill it through a mapping.
+A chunk comes into one of two buffers. While the next one comes into the other, a thread writes it to the
+image, which for memory that is new is cheaper than to fill it through a mapping.
 
 A version may also come to lie in GPU memory, where its owner has verified it and the engine will:
 
@@ -44,7 +44,7 @@ class Staging:
         self._place: Place | None = None
         self._buffers: list[memoryview] = []
         self._thread: ThreadPoolExecutor | None = None
-        self._placing: tuple[int, Future[None]] | None = None
+        self._writing: tuple[int, Future[None]] | None = None
         """The chunk at which the thread is."""
 
     def go_on(self) -> None:
@@ -53,13 +53,13 @@ class Staging:
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are still to come, in order; a damaged one is among them."""
-        self._placed()
+        self._written()
         return [number for number in range(len(self.manifest.chunks)) if number not in self._kept]
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of the version is here yet."""
-        self._placed()
+        self._written()
         return not self._kept
 
     def room(self, number: int) -> memoryview:
@@ -67,21 +67,22 @@ class Staging:
         self._go_on()
         if self._thread is None:
             self._image = Image.allocate(self.manifest.size)
-            self._thread = ThreadPoolExecutor(1, "weights-verify")
+            self._thread = ThreadPoolExecutor(1, "weights-write")
         if not self._buffers:
             size = max(chunk.size for chunk in self.manifest.chunks)
             self._buffers = [memoryview(bytearray(size)) for _ in range(2)]
         return self._buffers[0][: self.manifest.chunks[number].size]
 
     def keep(self, number: int) -> None:
-        """The chunk is in its room. Raises `SourceError` if the one before, or the last, is damaged."""
+        """The chunk is in its room. Raises `SourceError` if it is damaged, or there was no memory for one."""
         room = self.room(number)
+        self._check(number, room)
         assert self._thread is not None
-        error = self._placed()
-        self._placing = (number, self._thread.submit(self._write, number, room))
+        error = self._written()
+        self._writing = (number, self._thread.submit(self._write, number, room))
         self._buffers.reverse()
         if error is None and len(self._kept) + 1 == len(self.manifest.chunks):
-            error = self._placed()
+            error = self._written()
         if error is not None:
             raise error
 
@@ -129,12 +130,12 @@ class Staging:
 
     def abandon(self) -> None:
         """Others than the last rooms from now on: whoever fills one of those may not have stopped."""
-        self._placed()
+        self._written()
         self._buffers = []
 
     def close(self) -> None:
         """Forgets what was not finished."""
-        self._placed()
+        self._written()
         if self._thread is not None:
             self._thread.shutdown()
             self._thread, self._buffers = None, []
@@ -143,12 +144,12 @@ class Staging:
             self._image = None
         self._kept = set()
 
-    def _placed(self) -> SourceError | None:
-        """Waits for the thread; what is wrong with the chunk that it was at."""
-        if self._placing is None:
+    def _written(self) -> SourceError | None:
+        """Waits for the thread; why it could not write its chunk."""
+        if self._writing is None:
             return None
-        (number, placing), self._placing = self._placing, None
-        error = placing.exception()
+        (number, writing), self._writing = self._writing, None
+        error = writing.exception()
         if error is None:
             self._kept.add(number)
         elif not isinstance(error, SourceError):
@@ -156,9 +157,8 @@ class Staging:
         return error
 
     def _write(self, number: int, room: memoryview) -> None:
-        """Verifies a chunk and writes it to the image; in the thread."""
+        """Writes a chunk to the image; in the thread."""
         assert self._image is not None
-        self._check(number, room)
         try:
             self._image.write(self.manifest.chunks[number].offset, room)
         except OSError as error:

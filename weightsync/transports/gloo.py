@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import cache
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import SourceError
 from weightsync.image import Image, populate
@@ -57,11 +59,12 @@ class Gloo:
         try:
             store = rounds.store_of(source, timeout)
             rank, size = rounds.joined(self.kind, store, version)
-            group = _group(store, rank, size, _own_address(host, int(port)), timeout)
+            group = [_group(store, rank, size, _own_address(host, int(port)), timeout)]
             for number in staging.missing():
                 room = torch.frombuffer(staging.room(number), dtype=torch.uint8)
-                _broadcast(group, room, timeout).wait(timeout)
+                _broadcast(group[0], room, timeout).wait(timeout)
                 staging.keep(number)
+            Thread(target=group.clear, name="weights-gloo").start()  # for a group takes some ms to end
         except RuntimeError as error:
             staging.abandon()  # a broadcast that failed may still write to where it was told to
             told = str(error).partition("\n")[0]
@@ -108,8 +111,16 @@ def _group(store: Store, rank: int, size: int, address: str, timeout: timedelta)
 
     options = ProcessGroupGloo._Options()
     options._timeout = timeout
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._devices = [_device(address)]
     return ProcessGroupGloo(store, rank, size, options)
+
+
+@cache
+def _device(address: str) -> Any:
+    """What listens at an address of this host, for all rounds: its thread takes 10 ms to end."""
+    from torch.distributed import ProcessGroupGloo
+
+    return ProcessGroupGloo.create_device(hostname=address)
 
 
 def _broadcast(group: ProcessGroupGloo, tensor: torch.Tensor, timeout: timedelta) -> Work:
