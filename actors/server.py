@@ -143,6 +143,8 @@ def command(
         # Cached prefixes would have to be keyed by version; prompts are short against answers.
         "disable-radix-cache": True,
         "enable-return-routed-experts": routed,
+        # Fused, a shared expert is one choice more than SGLang has room for.
+        "disable-shared-experts-fusion": routed,
         "log-level": "warning",
     }
     if config.context_length is not None:

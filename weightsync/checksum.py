@@ -17,6 +17,7 @@ it has read back from the GPU and found to have that digest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
@@ -24,27 +25,21 @@ from weightsync.errors import SourceError
 from weightsync.manifest import Chunk, Manifest
 
 _WORD = 4
-_TOGETHER = 16 << 20
-"""Bytes of chunks whose sums are computed by one call: for less a call costs more than the sum."""
 
 
 def sums(image: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     """The sums of the chunks of `image`, uint8 [bytes], on whatever device it lies; signed, 64 bits.
 
-    Takes memory for 6 times `_TOGETHER`, or the longest chunk. Chunks are one behind the other and start at
-    multiples of 4.
+    Chunks are one behind the other and start at multiples of 4.
     """
-    if not chunks:
-        return []
-    keys = _keys(-(-max(chunk.size for chunk in chunks) // _WORD), image.device)
-    found = []
-    for run in _alike(chunks):
+    found = [torch.empty(0, dtype=torch.int64, device=image.device)]
+    for _, alike in groupby(chunks, lambda chunk: chunk.size):
+        run = list(alike)
         part = image[run[0].offset : run[-1].offset + run[-1].size]
         if rest := -part.numel() % _WORD:
             part = torch.nn.functional.pad(part, (0, rest))
-        words = part.view(torch.int32).to(torch.int64).view(len(run), -1)
-        found.append(words.mul_(keys[: words.shape[1]]).sum(1))
-    return [int(one) for one in torch.cat(found).tolist()]
+        found.append(_row_sums(part.view(torch.int32).view(len(run), -1)))
+    return torch.cat(found).tolist()
 
 
 def verify(manifest: Manifest, image: torch.Tensor) -> None:
@@ -57,21 +52,14 @@ def verify(manifest: Manifest, image: torch.Tensor) -> None:
             )
 
 
-def _alike(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """The chunks in order, those of one size together, `_TOGETHER` at most.
+def _row_sums(words: torch.Tensor) -> torch.Tensor:
+    """int64 [n] of int32 [n, m]."""
+    if words.is_cuda:
+        from weightsync.multilinear import row_sums  # needs Triton
 
-    >>> sizes = [_TOGETHER // 2, _TOGETHER // 2, _TOGETHER // 2, 3]
-    >>> [len(run) for run in _alike([Chunk(0, size, "") for size in sizes])]
-    [2, 1, 1]
-    """
-    runs = [[chunks[0]]]
-    for chunk in chunks[1:]:
-        full = (len(runs[-1]) + 1) * chunk.size > _TOGETHER
-        if chunk.size == runs[-1][0].size and not full:
-            runs[-1].append(chunk)
-        else:
-            runs.append([chunk])
-    return runs
+        return row_sums(words)
+    keys = _keys(words.shape[1], words.device)
+    return torch.stack([(row * keys).sum() for row in words])
 
 
 def _keys(count: int, device: torch.device) -> torch.Tensor:

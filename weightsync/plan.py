@@ -76,10 +76,9 @@ class Plan:
 
     def unequal(self, image: torch.Tensor) -> int:
         """How many copies are not equal, bit by bit, to what they should be."""
-        return sum(
-            not torch.equal(_bits(copy.target), _bits(copy.source(image).to(copy.target)))
-            for copy in self.copies
-        )
+        pairs = ((_bits(copy.target), _bits(copy.source(image).to(copy.target))) for copy in self.copies)
+        found = [_differ(*pair) for pair in pairs]
+        return int(torch.stack(found).sum()) if found else 0
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -227,6 +226,11 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether it is all of its storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool []; a GPU is not waited for."""
+    return (one != other).any() if one.is_cuda else torch.tensor(not torch.equal(one, other))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

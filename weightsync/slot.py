@@ -13,8 +13,10 @@ nobody has it open.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import msgspec
@@ -26,6 +28,9 @@ from weightsync.errors import SourceError
 from weightsync.guard import Contents, Guard, lease
 from weightsync.image import Image
 from weightsync.manifest import Chunk, Manifest, digest_of
+
+_THREADS = 8
+"""That fill a slot at most; each has pinned memory for two chunks."""
 
 
 class Slot:
@@ -88,26 +93,41 @@ def fill(slot: Slot, manifest: Manifest, image: Image, timeout_s: float) -> Mani
     Every chunk is read back, and what comes back must have the chunk's digest: a sum stands for verified
     bytes. Raises `SourceError`.
     """
-    host = torch.frombuffer(image.private(), dtype=torch.uint8)
-    longest = max(chunk.size for chunk in manifest.chunks)
-    there, back = (torch.empty(longest, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-    stream = torch.cuda.Stream(slot.ordinal)  # its own: the default one is behind all that trains
-    with slot.filling(manifest.label, timeout_s) as room, torch.cuda.stream(stream):
-        for number, chunk in enumerate(manifest.chunks):
-            place = slice(chunk.offset, chunk.offset + chunk.size)
-            room[place].copy_(there[: chunk.size].copy_(host[place]))
-            got = digest_of(memoryview(back[: chunk.size].copy_(room[place]).numpy()))
-            if got != chunk.digest:
-                raise SourceError(
-                    f"version {manifest.version}: chunk {number}: got digest {got} back from GPU "
-                    f"{slot.ordinal}, expected {chunk.digest}; its memory is damaged"
-                )
+    threads = min(_THREADS, len(os.sched_getaffinity(0)))
+    # Streams of its own: the default one is behind all that trains.
+    with (
+        slot.filling(manifest.label, timeout_s) as room,
+        torch.cuda.stream(torch.cuda.Stream(slot.ordinal)),
+    ):
+        with ThreadPoolExecutor(threads) as pool:
+            parts = range(threads)
+            list(pool.map(lambda part: _bring(room, manifest, image, part, threads), parts))
         found = sums(room, manifest.chunks)
     chunks = [
         Chunk(chunk.offset, chunk.size, chunk.digest, one)
         for chunk, one in zip(manifest.chunks, found, strict=True)
     ]
     return msgspec.structs.replace(manifest, chunks=chunks)
+
+
+def _bring(room: torch.Tensor, manifest: Manifest, image: Image, first: int, step: int) -> None:
+    """Every `step`-th chunk from the `first` on to the card and back. Raises `SourceError`."""
+    longest = max(chunk.size for chunk in manifest.chunks)
+    with torch.cuda.stream(torch.cuda.Stream(room.device)):
+        there, back = (torch.empty(longest, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+        sent, got = memoryview(there.numpy()), memoryview(back.numpy())
+        for number in range(first, len(manifest.chunks), step):
+            chunk = manifest.chunks[number]
+            place = room[chunk.offset : chunk.offset + chunk.size]
+            image.read(chunk.offset, sent[: chunk.size])
+            place.copy_(there[: chunk.size], non_blocking=True)
+            back[: chunk.size].copy_(place, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            if (digest := digest_of(got[: chunk.size])) != chunk.digest:
+                raise SourceError(
+                    f"version {manifest.version}: chunk {number}: got digest {digest} back from GPU "
+                    f"{room.device.index}, expected {chunk.digest}; its memory is damaged"
+                )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from learner.config import ParallelConfig, Recompute
 from learner.errors import ModelError
 from learner.model.cpu import stand_in_for_cuda
 from learner.model.layout import check_shape, stage_layers
+from learner.model.routing import order_choices
 from learner.model.shape import DeltaNet, Experts, LatentAttention, Shape, Yarn
 from learner.model.spec import block_spec
 from learner.model.world import join_world, sizes
@@ -102,6 +103,7 @@ def build_model(
     build = _gpt if shape.hybrid is None else _hybrid
     model = build(shape, dtype, recompute)
     keep_gates(model)
+    order_choices(model)
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.frozen_expert_bias = True  # as loaded, whatever the balance

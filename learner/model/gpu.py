@@ -19,12 +19,14 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformer_engine.pytorch.utils import get_cudnn_version
 
 from learner.model.attention import PackedAttention, PackedSequences
 from learner.model.cpu import rotate_packed
 from learner.model.norm import LATENT_NORM_EPS
 from learner.packing import MicroBatch
 
+_RIGHT_CUDNN = (9, 19, 0)
 _TORCH_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -40,8 +42,8 @@ class LatentNormLinear(TELayerNormColumnParallelLinear):
 class WideAttention(PackedAttention):
     """Softmax attention of heads wider than 128, by torch's kernels other than cuDNN's.
 
-    Of packed sequences with heads of width 256 cuDNN 9.14, which Transformer Engine takes on Hopper, gave
-    gradients of queries that were a third off; of grouped ones, now and then, nan.
+    Of packed sequences with heads of width 192 and 256 cuDNN 9.14, which Transformer Engine takes on Hopper,
+    gave gradients that were a third off; of grouped ones, now and then, nan. Those of 9.19 are right.
     """
 
     def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
@@ -55,7 +57,7 @@ class GpuBackend(TESpecProvider):
 
     def __init__(self, head_dim: int) -> None:
         """`head_dim`: width of the heads of softmax attention."""
-        self._wide = head_dim > 128
+        self._wide = head_dim > 128 and get_cudnn_version() < _RIGHT_CUDNN
 
     def core_attention(self) -> type:
         """Softmax attention over packed sequences."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -24,8 +25,29 @@ from learner.errors import ConfigError
 from learner.model.shape import Shape
 
 
+class _Choice(RouterReplay):
+    """Top-k in the same order with gradients and without.
+
+    Megatron-Core sorts only where gradients are wanted, and so not in what a backward pass will compute
+    again. The sum of scores in another order has another last bit, which bf16 makes much of.
+    """
+
+    def get_replay_topk(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `RouterReplay.get_replay_topk`."""
+        with torch.enable_grad():
+            return super().get_replay_topk(*arguments, **named)
+
+
+def order_choices(model: torch.nn.Module) -> None:
+    """Makes the routers of a model choose in one order."""
+    for router in _routers(model):
+        router.router_replay = _Choice()
+    # The list is Megatron-Core's handle on all routers of a process; ours are found in their model.
+    RouterReplay.clear_global_router_replay_instances()
+
+
 def replay_routing(model: torch.nn.Module, shape: Shape) -> None:
-    """Makes the routers of a model ready. Raises `ConfigError` for a model that has none to replay."""
+    """Lets routers be told where to send tokens. Raises `ConfigError` for a model that has none to replay."""
     if shape.experts is None or shape.hybrid is not None:
         raise ConfigError(
             f"objective.routing_replay: got true for a model of type {shape.family}, expected one with "
@@ -33,10 +55,6 @@ def replay_routing(model: torch.nn.Module, shape: Shape) -> None:
         )
     assert not model.config.moe_router_fusion, "a fused router chooses by itself"
     model.config.moe_enable_routing_replay = True
-    for router in _routers(model):
-        router.router_replay = RouterReplay()
-    # The list is Megatron-Core's handle on all routers of a process; ours are found in their model.
-    RouterReplay.clear_global_router_replay_instances()
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
         return CpuBackend()
     from learner.model.gpu import GpuBackend  # needs Transformer Engine
 
+    if config.multi_latent_attention:
+        return GpuBackend(config.qk_head_dim + config.qk_pos_emb_head_dim)
     return GpuBackend(config.kv_channels)
 
 

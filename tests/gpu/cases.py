@@ -94,6 +94,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Class in transformers and fields of config.json."""
 
+WIDE = {
+    "qwen3_next_wide": (
+        "Qwen3Next",
+        {**NEXT, "head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    ),
+    "deepseek_v3_wide": (
+        "DeepseekV3",
+        {**DEEPSEEK, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    ),
+}
+"""The same with heads as wide as published."""
+
 SEEDS = {"qwen3_moe": 2, "qwen3_next": 12, "moonlight": 1}
 """Seeds other than 0, with which no router choice hangs by a thread; the tests assert it."""
 
@@ -117,9 +129,9 @@ def make(case: str, folder: Path, rounded: bool = False) -> torch.nn.Module:
 
     `rounded`: all weights are numbers that bf16 holds, and every expert is chosen.
     """
-    name, fields = CASES[case]
+    name, fields = {**CASES, **WIDE}[case]
     if rounded:
-        fields = {**fields, **ALL_CHOSEN.get(case, {})}
+        fields = {**fields, **ALL_CHOSEN.get(case.removesuffix("_wide"), {})}
     with plain_torch():
         model = random_model(name, fields, SEEDS.get(case, 0))
     if rounded:

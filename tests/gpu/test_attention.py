@@ -55,9 +55,13 @@ def reference(leaves: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "width"), [(8, 2, 256), (16, 2, 256), (16, 8, 128), (32, 4, 128)]
+    ("heads", "groups", "width", "values"),
+    [(8, 2, 256, 256), (16, 2, 256, 256), (16, 8, 128, 128), (32, 4, 128, 128), (16, 16, 192, 128)],
 )
-def test_gradients_are_right_whatever_lies_in_free_memory(heads: int, groups: int, width: int) -> None:
+def test_gradients_are_right_whatever_lies_in_free_memory(
+    heads: int, groups: int, width: int, values: int
+) -> None:
+    """The last is DeepSeek-V3's latent attention; Megatron-Core widens its values with zeros."""
     attention = core(heads, groups, width)
     bounds = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).int()
     packed = PackedSequences(
@@ -70,19 +74,22 @@ def test_gradients_are_right_whatever_lies_in_free_memory(heads: int, groups: in
     source = torch.Generator("cuda").manual_seed(0)
     worst = 0.0
     for turn in range(6):
-        shapes = [(sum(LENGTHS), count, width) for count in (heads, groups, groups)]
+        shapes = [(sum(LENGTHS), *ends) for ends in [(heads, width), (groups, width), (groups, values)]]
         leaves = [
             torch.randn(shape, generator=source, device="cuda").bfloat16().requires_grad_()
             for shape in shapes
         ]
-        weights = torch.randn(sum(LENGTHS), heads * width, generator=source, device="cuda")
+        weights = torch.randn(sum(LENGTHS), heads * values, generator=source, device="cuda")
         exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
         expected = torch.autograd.grad((reference(exact) * weights).sum(), exact)
-        output = attention(*leaves, None, AttnMaskType.causal, packed_seq_params=packed)
+        *rest, value = leaves
+        value = F.pad(value, (0, width - values))
+        output = attention(*rest, value, None, AttnMaskType.causal, packed_seq_params=packed)
+        output = output.unflatten(1, (heads, width))[..., :values].flatten(1)
         litter()
         found = torch.autograd.grad((output.float() * weights).sum(), leaves)
         for name, got, right in zip("qkv", found, expected, strict=True):
             off = float((got.float() - right).norm() / right.norm())
             worst = max(worst, off)
             assert off < 0.02, f"turn {turn}: gradient of {name} is {off:.2g} off"
-    print(f"\n{heads} heads in {groups} groups of {width}: gradients at most {worst:.4f} off")
+    print(f"\n{heads} heads in {groups} groups of {width}, {values}: gradients at most {worst:.4f} off")

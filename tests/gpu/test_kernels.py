@@ -21,7 +21,7 @@ from learner.model import inputs
 from learner.model.forward import target_logits, target_logprobs
 from learner.packing import MicroBatch, pack, row_of_tokens
 from learner.step import Trainer
-from tests.gpu.cases import CASES, hf_tensors, logits_of, logprobs_of, make, sequences
+from tests.gpu.cases import CASES, WIDE, hf_tensors, logits_of, logprobs_of, make, sequences
 from tests.unit.learner.families import router_margin
 
 Family = tuple[str, Path, torch.nn.Module]
@@ -133,7 +133,7 @@ def test_keys_of_a_distributed_checkpoint_are_those_of_the_cpu(family: Family) -
     assert {key: dims for rule in rules(trainer._shape) for key, dims in rule.keys().items()} == saved
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [*CASES, *WIDE])
 def test_bf16_errs_no_more_than_half_again_transformers(case: str, tmp_path: Path) -> None:
     theirs = make(case, tmp_path, rounded=True)
     exact = run_reference(theirs)

@@ -119,6 +119,22 @@ def test_an_engine_takes_versions_from_the_learners_gpu(
     engine.close()
 
 
+def test_a_version_that_comes_back_wrong_is_not_offered(versions: list[Version]) -> None:
+    image, manifest = versions[0]
+    said = list[str]()
+    on_gpu = OnGpu(0, said.append)
+    for number in (0, 41, len(manifest.chunks) - 1):
+        chunks = [*manifest.chunks]
+        chunks[number] = msgspec.structs.replace(chunks[number], digest="00")
+        wrong = msgspec.structs.replace(manifest, chunks=chunks)
+        assert on_gpu.take(wrong, image) is wrong
+        assert not on_gpu.holds(manifest.label)
+        assert f"chunk {number}: got digest" in said[-1]
+        assert "back from GPU 0, expected 00" in said[-1]
+    assert on_gpu.holds(on_gpu.take(manifest, image).label)
+    on_gpu.close()
+
+
 OWNER = """
 import sys, time, torch
 from weightsync.slot import Slot

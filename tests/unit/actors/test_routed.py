@@ -20,7 +20,7 @@ from actors.server import command
 from actors.trajectory import lay_out
 
 PROMPT = [5, 6, 7]
-FLAG = "--enable-return-routed-experts"
+FLAGS = {"--enable-return-routed-experts", "--disable-shared-experts-fusion"}
 
 
 def rows(version: int, tokens: int) -> np.ndarray:
@@ -121,4 +121,4 @@ def test_a_model_says_how_many_there_are(tmp_path: Path) -> None:
 def test_the_server_is_asked_for_them_on_demand_only() -> None:
     for routed in (False, True):
         line = command(Path("m"), EngineConfig(), port=1, seed=2, load_format="dummy", routed=routed)
-        assert (FLAG in line) == routed
+        assert FLAGS & set(line) == (FLAGS if routed else set())

@@ -93,6 +93,16 @@ def test_the_order_of_experts_changes_nothing(tmp_path: Path) -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", FAMILIES)
+def test_without_gradients_a_model_says_the_same_to_the_last_bit(case: str, tmp_path: Path) -> None:
+    make_family(case, tmp_path)
+    trainer = make_trainer(tmp_path, replay=False)
+    (batch,) = pack([row_of_tokens(sequence, 1) for sequence in sequences()], 2000)
+    with_gradients = target_logprobs(trainer._parallel, batch, 256)[0]
+    with torch.no_grad():
+        assert torch.equal(target_logprobs(trainer._parallel, batch, 256)[0], with_gradients)
+
+
 @pytest.mark.parametrize("case", ["qwen3_next", "deepseek_v3"])
 def test_what_is_computed_again_chooses_the_same(case: str, tmp_path: Path) -> None:
     make_family(case, tmp_path)

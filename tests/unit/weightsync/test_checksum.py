@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from weightsync.errors import SourceError
 from weightsync.image import chunk_ranges
 from weightsync.manifest import Chunk
 
+ROOT = Path(__file__).parents[3]
 MASK = (1 << 64) - 1
 
 
@@ -75,6 +80,23 @@ def test_two_words_that_change_places_change_it() -> None:
     before = sums(image, chunks_of(64, 64))
     data[:4], data[32:36] = data[32:36], data[:4]
     assert sums(image, chunks_of(64, 64)) != before
+
+
+KERNEL = """
+import torch
+from weightsync.checksum import _row_sums
+from weightsync.multilinear import row_sums
+draw = torch.Generator().manual_seed(0)
+for shape in [(1, 1), (3, 7), (17, 2048), (40, 2049), (2, 5000)]:
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=draw)
+    assert torch.equal(row_sums(words), _row_sums(words)), shape
+"""
+
+
+def test_the_kernel_of_gpus_computes_the_same() -> None:
+    """In Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, env=environment, check=True)
 
 
 def test_the_damaged_chunk_is_named() -> None:
