@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo       set up, then train the demo                         (about 3 minutes after set-up)
 #   make test       set up, then all checks and tests
-#   make accept     the demo on three seeds and its control, and rewards (about 15 minutes)
+#   make accept     the demo on three seeds and its control, and rewards (about half an hour)
 #   make faults     the full counts of the fault tests                  (about 20 minutes)
 #   make test-gpu   the GPU kernels, on a host that has them: docs/gpu.md (GPU_PYTHON=python3)
 #   make test-sglang  the engine's tests with a newer SGLang (SGLANG=0.5.23) beside the pinned one
