@@ -83,10 +83,7 @@ class Image:
         write_all(self.descriptor, offset, data)
 
     def read(self, offset: int, room: memoryview) -> None:
-        """Fills `room` with the bytes from an offset on, which costs less than to map them for one time.
-
-        Raises `SourceError` where the image ends before.
-        """
+        """Fills `room` with the bytes from an offset on. Raises `SourceError` where the image ends before."""
         while room:
             count = os.preadv(self.descriptor, [room], offset)
             if not count:

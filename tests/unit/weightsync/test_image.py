@@ -36,6 +36,15 @@ def test_chunks_cover_the_image_and_carry_its_digests() -> None:
         assert chunk.digest == digest_of(data[chunk.offset : chunk.offset + chunk.size])
 
 
+def test_what_is_read_is_there_and_the_end_is_said() -> None:
+    image, _ = version(3)
+    room = memoryview(bytearray(100))
+    image.read(image.size - 100, room)
+    assert room == bytes(image.readable())[-100:]
+    with pytest.raises(SourceError, match="expected 1 more"):
+        image.read(image.size - 99, room)
+
+
 def test_the_digest_of_a_version_is_that_of_its_tensors_however_they_lie() -> None:
     _, manifest = version(3)
     assert manifest.digest == Manifest.of(9, tensors(3)).digest

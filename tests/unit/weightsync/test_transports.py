@@ -120,6 +120,21 @@ def test_what_is_missing_in_a_row_is_asked_for_at_once(monkeypatch: pytest.Monke
     assert asked == [(2 * CHUNK, CHUNK), (4 * CHUNK, manifest.size - 4 * CHUNK)]
 
 
+def test_the_end_of_an_answer_does_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = version(4)
+    waits, send = list[int](), Holder.send
+
+    def noted(holder: Holder, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        waits.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        send(holder, connection, image, first, count)
+
+    monkeypatch.setattr(Holder, "send", noted)
+    with holding(image, manifest) as (holder, _):
+        Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, Staging(manifest, None, never))
+    assert waits
+    assert all(waits)
+
+
 def test_the_next_answer_is_on_its_way_while_one_is_used() -> None:
     image, manifest = version(4)
     wanted = threading.Event()
@@ -248,12 +263,6 @@ def test_a_delta_that_goes_beyond_its_chunk_is_refused() -> None:
     for size in (60, 63, 65):
         with pytest.raises(SourceError, match="another size"):
             decode(delta, memoryview(bytearray(size)))
-
-
-def test_a_delta_from_a_version_that_is_shorter_is_refused() -> None:
-    parent, _ = version(3)
-    with pytest.raises(SourceError, match="expected 1 more"):
-        parent.read(parent.size - 1, memoryview(bytearray(2)))
 
 
 @pytest.mark.parametrize("place", range(0, 90, 3))
