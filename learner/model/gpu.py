@@ -19,7 +19,6 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformer_engine.pytorch.utils import get_cudnn_version
 
 from learner.model.attention import PackedAttention, PackedSequences
 from learner.model.cpu import rotate_packed
@@ -57,6 +56,8 @@ class GpuBackend(TESpecProvider):
 
     def __init__(self, head_dim: int) -> None:
         """`head_dim`: width of the heads of softmax attention."""
+        from transformer_engine.pytorch.utils import get_cudnn_version  # no CPU has it
+
         self._wide = head_dim > 128 and get_cudnn_version() < _RIGHT_CUDNN
 
     def core_attention(self) -> type:
