@@ -119,6 +119,7 @@ def assert_same(
     assert tensors.keys() == expected.keys()
     worst = {name: off(tensor, expected[name]) for name, tensor in tensors.items() if name.startswith("grad")}
     assert max(worst.values()) < 1e-4, max(worst, key=worst.get)
+    print(f"\ngradients {max(worst.values()):.1e}, loss {abs(got['loss'] - wanted['loss']):.1e}")
 
 
 @pytest.mark.parametrize(("size", "trial"), TRIALS)

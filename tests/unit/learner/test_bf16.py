@@ -130,6 +130,8 @@ def test_bf16_is_as_near_to_fp32_as_transformers_is(case: str, tmp_path: Path) -
     ours = np.abs(ours_with(make_trainer(tmp_path), choices) - exact)
     assert ours.mean() <= 1.5 * theirs.mean()
     assert np.quantile(ours, 0.99) <= 1.5 * np.quantile(theirs, 0.99)
+    mean, tail = ours.mean() / theirs.mean(), np.quantile(ours, 0.99) / np.quantile(theirs, 0.99)
+    print(f"\n{case}: error over transformers', mean {mean:.2f}, p99 {tail:.2f}")
 
 
 def test_gates_stay_in_fp32(tmp_path: Path) -> None:
