@@ -81,7 +81,7 @@ Generate = Callable[[list[Ask]], Awaitable[list[Part]]]
 
 async def complete(
     generate: Generate,
-    prompt: Sequence[int],
+    prompt: list[int],
     seeds: Sequence[int],
     sampling: Sampling,
     ends: Collection[int],
@@ -90,7 +90,8 @@ async def complete(
 
     `ends`: the tokens that end an answer. Raises `EngineError`.
     """
-    drafts = [_Draft(prompt, seed, sampling, ends) for seed in seeds]
+    last = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
+    drafts = [_Draft(prompt, seed, sampling.max_new_tokens, last) for seed in seeds]
     while unfinished := [draft for draft in drafts if not draft.finish_reason]:
         parts = await generate([draft.ask() for draft in unfinished])
         for draft, part in zip(unfinished, parts, strict=True):
@@ -101,9 +102,8 @@ async def complete(
 class _Draft:
     """One answer under way."""
 
-    def __init__(self, prompt: Sequence[int], seed: int, sampling: Sampling, ends: Collection[int]) -> None:
-        self._prompt, self._seed, self._most = list(prompt), seed, sampling.max_new_tokens
-        self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
+    def __init__(self, prompt: list[int], seed: int, most: int, ends: set[int]) -> None:
+        self._prompt, self._seed, self._most, self._ends = prompt, seed, most, ends
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._labels: list[tuple[int, str]] = []

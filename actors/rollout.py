@@ -140,11 +140,12 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results in order; the first error ends the others, which are over when it is raised."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
-        return list(await asyncio.gather(*tasks))
-    finally:
+        return await asyncio.gather(*tasks)
+    except BaseException:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def _sample(

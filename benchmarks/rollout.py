@@ -60,7 +60,7 @@ def sglang_answer(source: np.random.Generator) -> bytes:
             ],
         }
         answers.append({"text": "", "output_ids": tokens, "meta_info": meta})
-    return json.dumps(answers).encode()
+    return json.dumps(answers, separators=(",", ":")).encode()
 
 
 def serve(port: multiprocessing.connection.Connection, answer: bytes) -> None:

@@ -131,7 +131,9 @@ class Policy:
         room = self.room(context)
         if room == 0:
             return Turn([], Completion([], [], "length", []))
-        sampling = msgspec.structs.replace(self._sampling, max_new_tokens=room)
+        sampling = self._sampling
+        if room < sampling.max_new_tokens:
+            sampling = msgspec.structs.replace(sampling, max_new_tokens=room)
         completion = await self._batcher.ask(list(context), self._seed(self._turn), sampling)
         self._turn += 1
         return Turn(completion.tokens, completion)

@@ -65,6 +65,14 @@ def test_tokens_of_the_policy_stay_as_drawn() -> None:
         lay_out([5], [turn])
 
 
+@pytest.mark.parametrize("tokens", [[40, 1.5], ["a"], [-1], [1 << 31]])
+def test_an_environment_writes_token_ids(tokens: list[int]) -> None:
+    assert lay_out([5], [own([7]), Turn([np.int64(40)]), own([8])]).tokens == [5, 7, 40, 8]
+    for turns in ([own([7]), Turn(tokens), own([8])], [Turn(tokens), own([7])]):
+        with pytest.raises(SampleError, match=r"got tokens \[.*, expected ids from 0"):
+            lay_out([5], turns)
+
+
 authors = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 99), max_size=4), st.sampled_from("ab")))
 
 
