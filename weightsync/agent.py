@@ -107,7 +107,9 @@ class Agent:
             while True:
                 offer = await self._next()
                 held = await self._stage(offer)
-                if held is None or not await self._apply(offer, held):
+                if held is not None and await self._apply(offer, held):
+                    await asyncio.to_thread(self._holder.reserve.refill)
+                else:
                     await self._pause()
         finally:
             self._ended.set()
@@ -239,7 +241,8 @@ class Agent:
             if self._useless(offer):
                 raise Superseded(f"version {offer.version} is of no use by now: another is wanted")
 
-        staging = Staging(manifest, self._holder.parent_of(manifest), go_on)
+        parent = self._holder.parent_of(manifest)
+        staging = Staging(manifest, parent, go_on, self._holder.reserve.allocate)
         self._staging = (offer.label, staging)
         return staging
 

@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import BinaryIO
 
 from weightsync.guard import Place
-from weightsync.image import Image
+from weightsync.image import Image, Reserve
 from weightsync.manifest import Manifest, encode_manifest
 from weightsync.protocol import Source
 from weightsync.transports import shm
@@ -77,6 +77,8 @@ class Holder:
     def __init__(self, address: str) -> None:
         """Serves at a free port of `address`, an address of this host."""
         self.token = secrets.token_hex(16)
+        self.reserve = Reserve()
+        """Of the next version's image: whoever makes that refills it when done with the one before."""
         self.served_bytes = 0
         """Bytes of versions asked of here so far."""
         self._held: dict[str, Held] = {}
@@ -115,9 +117,9 @@ class Holder:
             return list(self._held)
 
     def held_bytes(self) -> int:
-        """Memory of all images held."""
+        """Memory of all images held, and of the one in reserve."""
         with self._lock:
-            return sum(held.image.size for held in self._held.values() if held.image)
+            return sum(held.image.size for held in self._held.values() if held.image) + self.reserve.size
 
     def sources(self, label: str) -> list[Source]:
         """How others get a version that is held, the cheapest first."""
@@ -156,6 +158,7 @@ class Holder:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self.reserve.close()
         with self._lock:
             held, self._held = list(self._held.values()), {}
         for one in held:

@@ -25,7 +25,7 @@ from weightsync.errors import SourceError
 from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -111,6 +111,59 @@ class Image:
             self.descriptor = -1
 
 
+class Reserve:
+    """Memory for the next image, taken while nobody waits for it: new pages cost more than what fills them.
+
+        reserve = Reserve()
+        image = reserve.allocate(1 << 30)
+        ...
+        reserve.refill()
+
+    Peak memory stays what it was: the next image would take as much a little later. For one thread at a
+    time; `close` may come while another is in `refill`.
+    """
+
+    def __init__(self) -> None:
+        self._spare: Image | None = None
+        self._used, self._closed = 0, False
+
+    @property
+    def size(self) -> int:
+        """Bytes in reserve."""
+        return self._spare.size if self._spare is not None else 0
+
+    def allocate(self, size: int) -> Image:
+        """As `Image.allocate`; what is in reserve, if that is as large."""
+        self._used, spare, self._spare = size, self._spare, None
+        if spare is not None and spare.size != size:
+            spare.close()
+            spare = None
+        return spare or Image.allocate(size)
+
+    def refill(self) -> None:
+        """Takes as much as was last used, if anything was since; nothing where there is not enough."""
+        size, self._used = self._used, 0
+        if not size:
+            return
+        image = Image.allocate(size)
+        try:
+            for offset, part in chunk_ranges(size):
+                if not self._closed:
+                    os.posix_fallocate(image.descriptor, offset, part)
+        except OSError:
+            image.close()  # the next image takes what there is by then
+            return
+        self._spare = image
+        if self._closed:
+            self.close()
+
+    def close(self) -> None:
+        """Gives the memory back, and keeps none from now on."""
+        self._closed, spare, self._spare = True, self._spare, None
+        if spare is not None:
+            spare.close()
+
+
 def write_all(descriptor: int, offset: int, data: memoryview) -> None:
     """Writes bytes at an offset of a file."""
     while data:
@@ -142,11 +195,15 @@ def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, i
 
 
 def write_image(
-    named: Manifest, tensors: Mapping[str, torch.Tensor], chunk_bytes: int = CHUNK_BYTES
+    named: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    chunk_bytes: int = CHUNK_BYTES,
+    allocate: Callable[[int], Image] = Image.allocate,
 ) -> tuple[Image, Manifest]:
     """The sealed image of exported tensors (contiguous, on the CPU), and its complete manifest.
 
-    `named` is `Manifest.of` these tensors, with lineage, epoch and parent filled in.
+    `named` is `Manifest.of` these tensors, with lineage, epoch and parent filled in; `allocate` may be that
+    of a `Reserve`.
     """
     import torch
 
@@ -156,7 +213,7 @@ def write_image(
     parts = [
         memoryview(tensors[entry.name].detach().reshape(-1).view(torch.uint8).numpy()) for entry in order
     ]
-    image = Image.allocate(placed.size)
+    image = allocate(placed.size)
     digests = _write(image, parts, chunk_bytes)
     image.seal()
     ranges = chunk_ranges(placed.size, chunk_bytes)

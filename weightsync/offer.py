@@ -4,8 +4,9 @@
         offers.publish(manifest, tensors)       # returns at once
 
 A thread turns the newest export into a sealed image while the learner trains on; one that was overtaken
-before its turn is never made, so at most one waits, one is being written, and two are held. Actors are
-told by mail and pull; nobody waits for them. One that does not take a version in time is named.
+before its turn is never made, so at most one waits, one is being written, whose memory is taken ahead, and
+two are held. Actors are told by mail and pull; nobody waits for them. One that does not take a version in
+time is named.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Offers:
                 continue
             self.export_s = time.monotonic() - began
             self._tell()
+            self.holder.reserve.refill()
 
     def _next(self) -> tuple[Manifest, Mapping[str, torch.Tensor]] | None:
         with self._changed:
@@ -132,7 +134,7 @@ class Offers:
         before = self._offered
         parent = before.manifest.digest if before is not None and self.config.delta else ""
         named = msgspec.structs.replace(named, parent=parent)
-        image, manifest = write_image(named, tensors)
+        image, manifest = write_image(named, tensors, allocate=self.holder.reserve.allocate)
         if self._round is not None:
             self._round.close()
         if self._on_gpu is not None:
@@ -249,6 +251,7 @@ class Offers:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self.holder.reserve.close()  # which may be taking memory still
         for thread in self._threads:
             thread.join()
         if self._round is not None:

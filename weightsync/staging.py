@@ -35,9 +35,16 @@ class Staging:
     Lifecycle: `room` and `keep` for every missing chunk, or `adopt` or `put` once, then `finish`; or `close`.
     """
 
-    def __init__(self, manifest: Manifest, parent: Image | None, go_on: Callable[[], None]) -> None:
-        """`parent` is the image of `manifest.parent` if it is held; `go_on` raises when this is in vain."""
-        self.manifest, self.parent = manifest, parent
+    def __init__(
+        self,
+        manifest: Manifest,
+        parent: Image | None,
+        go_on: Callable[[], None],
+        allocate: Callable[[int], Image] = Image.allocate,
+    ) -> None:
+        """`parent` is the image of `manifest.parent` if it is held; `go_on` raises when this is in vain;
+        `allocate` may be that of a `Reserve`."""
+        self.manifest, self.parent, self._allocate = manifest, parent, allocate
         self._go_on = go_on
         self._kept: set[int] = set()
         self._image: Image | None = None
@@ -66,7 +73,7 @@ class Staging:
         """Where the bytes of a chunk go. Raises `Superseded` when nobody wants them any more."""
         self._go_on()
         if self._thread is None:
-            self._image = Image.allocate(self.manifest.size)
+            self._image = self._allocate(self.manifest.size)
             self._thread = ThreadPoolExecutor(1, "weights-write")
         if not self._buffers:
             size = max(chunk.size for chunk in self.manifest.chunks)

@@ -166,6 +166,9 @@ async def test_a_version_is_offered_staged_applied_and_said(
     assert (figures["transport"], figures["load"]) == (way, "plan")
     await one.beat()
     await until(lambda: "a" in run.offers.push_seconds())
+    size = sum(tensor.nbytes for tensor in tensors(0).values())
+    await until(lambda: run.offers.held_bytes() == 2 * size)  # of the next version, too
+    await until(lambda: one.holder.held_bytes() == (size if way == "shm" else 2 * size))
 
 
 async def test_only_what_changed_travels_where_that_is_offered(scene: Make) -> None:
@@ -244,10 +247,10 @@ async def test_a_version_that_cannot_be_made_is_said_and_the_next_one_offered(
 ) -> None:
     write = module.write_image
 
-    def failing(named: Manifest, weights: Any) -> Any:
+    def failing(named: Manifest, weights: Any, **options: Any) -> Any:
         if named.version == 0:
             raise RuntimeError("no kernel image is available")
-        return write(named, weights)
+        return write(named, weights, **options)
 
     monkeypatch.setattr(module, "write_image", failing)
     run = scene()
@@ -263,11 +266,11 @@ async def test_a_version_that_is_overtaken_before_its_turn_is_never_made(
     """The learner goes on at once; one snapshot waits at most."""
     begun, go_on, made, write = threading.Event(), threading.Event(), list[int](), module.write_image
 
-    def slow(named: Manifest, weights: Any) -> Any:
+    def slow(named: Manifest, weights: Any, **options: Any) -> Any:
         made.append(named.version)
         begun.set()
         assert go_on.wait(10)
-        return write(named, weights)
+        return write(named, weights, **options)
 
     monkeypatch.setattr(module, "write_image", slow)
     run = scene()

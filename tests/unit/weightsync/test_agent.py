@@ -156,6 +156,22 @@ async def test_a_version_is_staged_held_and_served(scene: Make) -> None:
     assert [label.partition(":")[0] for label in run.holder.labels()] == ["3"]
 
 
+async def test_memory_for_the_next_version_is_taken_before_it_is_there(scene: Make) -> None:
+    run = scene(3, 4)
+    run.agent.hear(run.medium.offer(3))
+    size, reserve = version(3)[1].size, run.holder.reserve
+    async with asyncio.timeout(10):
+        while reserve.size != size:
+            await asyncio.sleep(0.01)
+    run.medium.gate.clear()
+    run.medium.begun.clear()
+    run.agent.hear(run.medium.offer(4))
+    assert await asyncio.to_thread(run.medium.begun.wait, 10)
+    assert reserve.size == 0, "it goes into that"
+    run.medium.gate.set()
+    await run.engine.until(4)
+
+
 async def test_the_newest_version_wins_and_an_older_offer_is_not_heard(scene: Make) -> None:
     run = scene(3, 4, 5)
     for number in (3, 5, 4):

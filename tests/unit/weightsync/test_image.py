@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.unit.weightsync.versions import CHUNK, tensors, version
 from weightsync.errors import ManifestError, SourceError
-from weightsync.image import Image, chunk_ranges, write_image
-from weightsync.manifest import Chunk, Manifest, decode_manifest, digest_of, encode_manifest
+from weightsync.image import Image, Reserve, chunk_ranges, write_image
+from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest, decode_manifest, digest_of, encode_manifest
 
 
 def test_every_tensor_lies_where_the_manifest_says() -> None:
@@ -69,6 +70,75 @@ def test_an_image_that_could_still_change_is_not_opened() -> None:
     with pytest.raises(SourceError, match="got 64 bytes"):
         Image.open(image.path, 65)
     assert Image.open(image.path, 64).sealed
+
+
+SIZE = 3 * CHUNK_BYTES + 5
+
+
+def taken(image: Image) -> int:
+    """Bytes of memory that it has."""
+    return 512 * os.fstat(image.descriptor).st_blocks
+
+
+def test_a_reserve_has_the_memory_of_the_next_image() -> None:
+    reserve = Reserve()
+    first = reserve.allocate(SIZE)
+    assert (taken(first), reserve.size) == (0, 0)
+    reserve.refill()
+    assert reserve.size == SIZE
+    next_ = reserve.allocate(SIZE)
+    assert taken(next_) >= SIZE
+    assert reserve.size == 0
+    data = memoryview(os.urandom(SIZE))
+    next_.write(0, data)
+    next_.seal()
+    assert bytes(next_.readable()) == data
+
+
+def test_a_reserve_of_another_size_is_given_back() -> None:
+    reserve = Reserve()
+    reserve.allocate(SIZE).close()
+    reserve.refill()
+    before = len(os.listdir("/proc/self/fd"))
+    other = reserve.allocate(64)
+    assert (other.size, taken(other)) == (64, 0)
+    assert len(os.listdir("/proc/self/fd")) == before, "one came, one went"
+
+
+def test_a_reserve_takes_nothing_for_nobody() -> None:
+    reserve = Reserve()
+    reserve.refill()
+    reserve.allocate(SIZE).close()
+    reserve.refill()
+    reserve.allocate(SIZE)
+    reserve.refill()
+    reserve.refill()
+    assert reserve.size == SIZE
+    reserve.close()
+    reserve.allocate(SIZE).close()
+    reserve.refill()
+    assert reserve.size == 0, "closed for ever"
+
+
+@pytest.mark.parametrize("what", ["closed", "no memory"])
+def test_what_ends_in_refilling_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    reserve = Reserve()
+    reserve.allocate(SIZE).close()
+    pieces: list[int] = []
+
+    def fallocate(descriptor: int, offset: int, size: int) -> None:
+        pieces.append(size)
+        if len(pieces) == 2:
+            if what == "no memory":
+                raise OSError(errno.ENOSPC, "no space")
+            reserve.close()
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    before = len(os.listdir("/proc/self/fd"))
+    reserve.refill()
+    assert (reserve.size, pieces) == (0, [CHUNK_BYTES] * 2)
+    assert len(os.listdir("/proc/self/fd")) == before
+    reserve.allocate(SIZE).close()
 
 
 def test_an_opened_image_outlives_its_holder() -> None:
