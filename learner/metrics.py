@@ -103,7 +103,7 @@ METRICS = (
     Metric("seconds_saving", "s", "that the newest complete checkpoint took, beside the training"),
     Metric("seconds_push", "s", "of each actor's last version, in staging and in applying"),
     Metric("seconds_export", "s", "of the thread that made the last image of weights, beside the training"),
-    Metric("weights_bytes", "bytes", "of the images of weights that are held"),
+    Metric("weights_bytes", "bytes", "of the images of weights that are held, and of the one in reserve"),
     Metric("queued", "groups", "ready and left in the queue"),
     Metric("tokens_per_second", "tokens/s", "trained, since the first step began"),
     Metric("time_batch", "s since 1970", "when the learner began to look for the batch"),

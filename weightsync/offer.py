@@ -106,7 +106,7 @@ class Offers:
         }
 
     def held_bytes(self) -> int:
-        """Memory of the images held."""
+        """As `Holder.held_bytes`."""
         return self.holder.held_bytes()
 
     def _export(self) -> None:

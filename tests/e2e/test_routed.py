@@ -23,13 +23,21 @@ def test_a_run_replays_the_engines_routing_and_its_record_replays_the_run(tmp_pa
     run = tmp_path / "runs/demo"
     steps = list(RecordFolder(run / "record").steps())
     assert len(steps) == 6
+    interrupted = set()
     for step in steps:
         for group in step.groups(routed=True):
             assert group.routed.layers == 2
             for sample in group.samples:
                 assert sample.routed.shape == (len(sample.tokens) - 1, 2, 2)
                 assert len(set(map(tuple, sample.routed[:, 0].tolist()))) > 1
-    mismatch = [step["mismatch_k3"] for step in metrics_of(run) if step["mismatch_k3"] is not None]
+                if len(sample.spans) > 1:
+                    interrupted.add(step.step)
+    # Tokens behind a change of weights have the older ones' choices before them, the engine had its own.
+    mismatch = [
+        row["mismatch_k3"]
+        for row in metrics_of(run)
+        if row["mismatch_k3"] is not None and row["step"] not in interrupted
+    ]
     assert max(mismatch) < 1e-6
     done = finish(tmp_path, "replay", str(run / "record"), "--json")
     found = json.loads(done.stdout.splitlines()[-1])
