@@ -8,7 +8,8 @@ first GPU; this one is the agent and the engine, on the second GPU where there i
 | fill | the learner: host image -> its GPU, read back, every digest compared | pinned memory -> GPU |
 | cuda_ipc | open, verify every chunk, copy to memory of the learner's GPU | device copy there |
 | cuda_ipc, to another GPU | the same, to this process's GPU | copy from GPU to GPU |
-| nccl | meet, make the group, broadcast, verify | torch's broadcast in one piece, group made before |
+| nccl | meet, broadcast in the group of the version before, verify | torch's broadcast in one piece |
+| nccl, by sockets | on one GPU: to another slot there, for NCCL on another host | the same |
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Learner:
         argv = [sys.executable, "-m", "benchmarks.weightsync_gpu", "--hold", f"{mib},{rounds}"]
         card = os.environ["CUDA_VISIBLE_DEVICES"].rpartition(",")[2]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": card}
+        if torch.cuda.device_count() == 1:
+            environment["NCCL_HOSTID"] = "learner"
         self._process = subprocess.Popen(
             argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -107,13 +110,12 @@ def hold(mib: int, rounds: int) -> None:
     broadcasts.GATHER_S = 0.0
     for line in sys.stdin:
         if line.strip() == "round":
-            one = nccl.Round("127.0.0.1", on_gpu.slot, manifest, pull, TIMEOUT_S)
+            one = nccl.Round("127.0.0.1", on_gpu.slot, manifest, pull, TIMEOUT_S, on_gpu.group)
             print(msgspec.json.encode(one.source).decode(), flush=True)
         elif line.strip() == "group":
             identity = Communicator.identity()
             print(identity.hex(), flush=True)
-            with Communicator(identity, 0, 2, 0, TIMEOUT_S):
-                pass
+            Communicator(identity, 0, 2, 0, TIMEOUT_S).close()
         else:
             raw_broadcast(int(line), 0, on_gpu.slot.memory, rounds)
     on_gpu.close()
@@ -157,9 +159,9 @@ def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
         if way == "cuda_ipc" or theirs:
             progress(f"{mib} MiB: {way}")
             found[way] = copied(guard, offered.manifest, ordinal, rounds)
-    if theirs:
-        progress(f"{mib} MiB: nccl")
-        found["nccl"] = broadcast(learner, offered.manifest, rounds)
+    way = "nccl" if theirs else "nccl, by sockets"
+    progress(f"{mib} MiB: {way}")
+    found[way] = broadcast(learner, offered.manifest, rounds)
     learner.close()
     return found
 
@@ -188,7 +190,7 @@ def copied(guard: str, manifest: Manifest, ordinal: int, rounds: int) -> dict[st
 
 def broadcast(learner: Learner, manifest: Manifest, rounds: int) -> dict[str, float]:
     """From the learner's slot to this process's."""
-    way = nccl.Nccl(TIMEOUT_S, visible_cards()[:1])
+    way = nccl.Nccl(TIMEOUT_S, visible_cards()[:1] if torch.cuda.device_count() > 1 else ["another"])
 
     def receive() -> None:
         learner.ask("round")
@@ -198,8 +200,7 @@ def broadcast(learner: Learner, manifest: Manifest, rounds: int) -> dict[str, fl
 
     def meet() -> None:
         learner.ask("group")
-        with Communicator(bytes.fromhex(learner.answer()), 1, 2, 0, TIMEOUT_S):
-            pass
+        Communicator(bytes.fromhex(learner.answer()), 1, 2, 0, TIMEOUT_S).close()
 
     seconds, group = median_s(rounds, receive), median_s(rounds, meet)
     store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)

@@ -5,16 +5,17 @@ who does not come. This one calls NCCL itself, in its mode without blocking, and
 late is aborted, which frees the other ranks' GPUs as well as their own clocks do.
 
     identity = Communicator.identity()                  # rank 0, which hands it to the others
-    with Communicator(identity, rank, size, ordinal, timeout_s=60) as group:
-        group.relay(memory, go_on=lambda: None)         # rank 0's bytes are everybody's then
+    group = Group()
+    with group.of(identity, rank, size, ordinal, timeout_s=60) as communicator:
+        communicator.relay(memory, go_on=lambda: None)  # rank 0's bytes are everybody's then
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Config(ctypes.Structure):
 
 
 class Communicator:
-    """One rank. Lifecycle: made together by all, any number of `relay`, then the block's end.
+    """One rank. Lifecycle: made together by all, any number of `relay`, then `close`.
 
     Everything that fails or is late is a `SourceError`; NCCL that is not there is `NoCuda`.
     """
@@ -67,7 +68,7 @@ class Communicator:
                     ctypes.byref(config),
                 )
             except SourceError:
-                self._abort()
+                self.close()
                 raise
 
     @staticmethod
@@ -129,27 +130,47 @@ class Communicator:
             )
         return bool(found == _DONE)
 
-    def _abort(self) -> None:
+    def close(self) -> None:
+        """Leaves the group at once, whatever the others are at."""
         if self._group:
-            self._library.ncclCommAbort(self._group)
+            with torch.cuda.device(self._ordinal):
+                self._library.ncclCommAbort(self._group)
             self._group = ctypes.c_void_p()
 
-    def __enter__(self) -> Communicator:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leaves the group; after an error at once, whatever the others are at."""
-        with torch.cuda.device(self._ordinal):
-            if kind is not None:
-                self._abort()
-                return
-            try:
-                self._do("ncclCommFinalize", self._group)
-                self._library.ncclCommDestroy(self._group)
-            except SourceError:
-                self._abort()
+class Group:
+    """The communicator of the last broadcast, kept for the next one of the same members: making one may take
+    longer than a version does on its way.
+
+    Lifecycle: any number of `of`, then `close`. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self.identity, self.size = b"", 0
+        """Of what is kept; empty, 0: nothing is."""
+        self._communicator: Communicator | None = None
+
+    @contextmanager
+    def of(
+        self, identity: bytes, rank: int, size: int, ordinal: int, timeout_s: float
+    ) -> Iterator[Communicator]:
+        """The communicator of an identity, see `Communicator`: the one kept if it is that, in which this
+        rank may have another number. After an error none is kept."""
+        try:
+            if identity != self.identity or self._communicator is None:
+                self.close()
+                self._communicator = Communicator(identity, rank, size, ordinal, timeout_s)
+                self.identity, self.size = identity, size
+            yield self._communicator
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leaves what is kept."""
+        if self._communicator is not None:
+            self._communicator.close()
+        self._communicator, self.identity, self.size = None, b"", 0
 
 
 def _library() -> ctypes.CDLL:

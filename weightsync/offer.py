@@ -159,7 +159,14 @@ class Offers:
             return gloo.Round(self._address, manifest, image, holder, self.config.timeout_s)
         if self.config.transport == "nccl" and self._on_gpu and self._on_gpu.holds(manifest.label):
             assert self._on_gpu.slot is not None
-            return nccl.Round(self._address, self._on_gpu.slot, manifest, holder, self.config.timeout_s)
+            return nccl.Round(
+                self._address,
+                self._on_gpu.slot,
+                manifest,
+                holder,
+                self.config.timeout_s,
+                self._on_gpu.group,
+            )
         return None
 
     def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from weightsync.communicator import Group
 from weightsync.cuda import Driver
 from weightsync.errors import NoCuda, SourceError
 from weightsync.holder import Held
@@ -32,6 +33,8 @@ class OnGpu:
         Driver()
         self.slot: Slot | None = None
         """What holds it; None before the first version, and where there is no memory for one."""
+        self.group = Group()
+        """Of the broadcasts from here."""
         self._ordinal, self._log = ordinal, log
         self._label, self._wait_s = "", WAIT_S
 
@@ -44,7 +47,7 @@ class OnGpu:
         self._label = ""
         try:
             if self.slot is not None and self.slot.size != manifest.size:
-                self.close()
+                self._free()
             if self.slot is None:
                 self.slot = Slot(self._ordinal, manifest.size)
             summed = fill(self.slot, manifest, image, self._wait_s)
@@ -66,7 +69,11 @@ class OnGpu:
         return [cuda_ipc.source_of(self.slot.guard, held.memory)]
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Gives the memory back, and leaves the group."""
+        self._free()
+        self.group.close()
+
+    def _free(self) -> None:
         if self.slot is not None:
             self.slot.close(WAIT_S)
             self.slot = None

@@ -26,6 +26,7 @@ from weightsync.slot import Slot, opened
 from weightsync.staging import Staging
 from weightsync.ticket import Report, Ticket, hand_in, reports
 from weightsync.transports import nccl
+from weightsync.transports import round as rounds
 from weightsync.transports.cuda_ipc import CudaIpc
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +187,7 @@ from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.errors import SourceError
 from weightsync.transports import nccl, round as rounds
-way = nccl.Nccl(float(sys.argv[1]), visible_cards()[:1])
+way = nccl.Nccl(float(sys.argv[1]), sys.argv[2:] or visible_cards()[:1])
 for line in sys.stdin:
     source, label, digest, dies = msgspec.json.decode(line, type=tuple[Source, str, str, bool])
     if dies:
@@ -203,11 +204,12 @@ for line in sys.stdin:
 
 
 class Agent:
-    """An agent's process on the second GPU."""
+    """An agent's process on the second GPU; with a name on the first, for NCCL on a host of that name, to
+    which it goes by sockets."""
 
-    def __init__(self, timeout_s: float) -> None:
-        argv = [sys.executable, "-c", AGENT, str(timeout_s)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "1"}
+    def __init__(self, timeout_s: float, name: str = "") -> None:
+        argv = [sys.executable, "-c", AGENT, str(timeout_s), *([name] if name else [])]
+        environment = os.environ | ({"NCCL_HOSTID": name} if name else {"CUDA_VISIBLE_DEVICES": "1"})
         self._process = subprocess.Popen(
             argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -223,53 +225,101 @@ class Agent:
     def answer(self) -> str:
         return said(self._process)
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         self._process.communicate()
 
 
-@two_gpus
+cards = pytest.mark.parametrize("card", [0, pytest.param(1, marks=two_gpus)])
+
+
+def agent_on(card: int, timeout_s: float) -> Agent:
+    """Beside the learner, by sockets, or on the second GPU."""
+    return Agent(timeout_s, "" if card else "another")
+
+
+@cards
 def test_a_broadcast_reaches_an_agents_gpu_and_its_engine(
-    tmp_path: Path, versions: list[Version], on_gpu: OnGpu
+    card: int, tmp_path: Path, versions: list[Version], on_gpu: OnGpu
 ) -> None:
-    holder, agent, engine = Holder("127.0.0.1"), Agent(TIMEOUT_S), Engine(tmp_path, 1)
+    holder, agent, engine = Holder("127.0.0.1"), agent_on(card, TIMEOUT_S), Engine(tmp_path, card)
+    groups = set()
     for number in (0, 1):
         image, manifest = versions[number]
         summed = on_gpu.take(manifest, image)
         # A copy: the holder closes what it forgets, and other tests go on with the image.
         holder.keep(summed, Image(os.dup(image.descriptor), image.size))
         assert on_gpu.slot is not None
-        one = nccl.Round("127.0.0.1", on_gpu.slot, summed, holder.sources(summed.label)[-1], TIMEOUT_S)
+        pull = holder.sources(summed.label)[-1]
+        one = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, TIMEOUT_S, on_gpu.group)
         began = time.monotonic()
         agent.fetch(one.source, summed)
         guard = agent.answer()
         print(f"\nnccl: version {number} staged and verified in {time.monotonic() - began:.3f} s")
         one.join(TIMEOUT_S)
         assert one.took == 1
+        groups.add(on_gpu.group.identity)
         report, exact = engine.load(summed, guard, gpu=True, holds=number)
         assert (report.problem, exact) == ("", True)
         print(f"nccl: applied by {report.way}: {report.seconds:.4f} s")
+    assert len(groups) == 1, "the second version goes through the group of the first"
     agent.close()
     engine.close()
     holder.close()
 
 
-@two_gpus
+def test_the_group_is_of_those_that_come(
+    versions: list[Version], on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One agent, a second one beside it, both again, one of them killed, and the other alone again."""
+    image, manifest = versions[0]
+    summed, holder = on_gpu.take(manifest, image), Holder("127.0.0.1")
+    holder.keep(summed, Image(os.dup(image.descriptor), image.size))
+    assert on_gpu.slot is not None
+    pull, groups = holder.sources(summed.label)[-1], list[bytes]()
+    first, second = Agent(TIMEOUT_S, "first"), Agent(TIMEOUT_S, "second")
+    for agents in ([first], [first, second], [second, first], [first], [first]):
+        if len(groups) == 3:
+            second.kill()
+        monkeypatch.setattr(rounds, "GATHER_S", 5.0 if len(agents) > 1 else 0.1)  # its first takes a slot
+        one = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, TIMEOUT_S, on_gpu.group)
+        began = time.monotonic()
+        for agent in agents:
+            agent.fetch(one.source, summed)
+        answers = [agent.answer() for agent in agents]
+        assert all(answer.startswith("/proc/") for answer in answers), answers
+        one.join(TIMEOUT_S)
+        assert one.took == len(agents)
+        groups.append(on_gpu.group.identity)
+        print(f"\nnccl: to {len(agents)} in {time.monotonic() - began:.3f} s")
+    alone, both, again, left, still = groups
+    assert both == again
+    assert left == still
+    assert len({alone, both, left}) == 3
+    first.close()
+    holder.close()
+
+
+@cards
 def test_an_agent_that_does_not_come_costs_the_learner_a_timeout_and_nothing_else(
-    versions: list[Version], on_gpu: OnGpu
+    card: int, versions: list[Version], on_gpu: OnGpu
 ) -> None:
     image, manifest = versions[0]
-    summed, holder, agent = on_gpu.take(manifest, image), Holder("127.0.0.1"), Agent(2.0)
+    summed, holder, agent = on_gpu.take(manifest, image), Holder("127.0.0.1"), agent_on(card, 2.0)
     holder.keep(summed, Image(os.dup(image.descriptor), image.size))
     assert on_gpu.slot is not None
     pull = holder.sources(summed.label)[-1]
-    lost = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, 2.0)
+    lost = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, 2.0, on_gpu.group)
     began = time.monotonic()
     agent.fetch(lost.source, summed, dies=True)
     assert agent.answer() == "joined"
     lost.join(20.0)
     assert lost.took == 0
     print(f"\nnccl: a round with one that is gone ended after {time.monotonic() - began:.1f} s (timeout 2 s)")
-    again = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, TIMEOUT_S)
+    again = nccl.Round("127.0.0.1", on_gpu.slot, summed, pull, TIMEOUT_S, on_gpu.group)
     agent.fetch(again.source, summed)
     assert agent.answer().startswith("/proc/")
     again.join(TIMEOUT_S)

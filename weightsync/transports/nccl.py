@@ -4,10 +4,13 @@ Who takes part is settled by `weightsync.transports.round`. Agents are in the gr
 agent receives into a slot of its own on its engine's GPU (`weightsync.slot`), verifies every chunk there,
 and its engine copies from it. For this an agent has a CUDA context, about half a GB, and the version.
 
+The group is kept for the next version if the same agents, and nobody else, come to its round: each says
+which one it has, and the learner says which one it is to be.
+
 NCCL takes one rank a GPU. An agent that shares the learner's GPU, or another agent's, is not in the group; it
 gets the version by `cuda_ipc`, or pulls.
 
-    round = Round(address, slot, manifest, timeout_s=60)        # the learner; a thread does the rest
+    round = Round(address, slot, manifest, holder, 60, group)   # the learner; a thread does the rest
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from weightsync.transports.peer import Peer
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from weightsync.communicator import Group
     from weightsync.slot import Slot
 
 
@@ -41,6 +45,7 @@ class Nccl:
         self._timeout_s, self._cards = timeout_s, cards
         self._peer = Peer(timeout_s)
         self._slot: Slot | None = None
+        self._group: Group | None = None
 
     def reaches(self, source: Source, staging: Staging | None) -> bool:
         """While nothing of the version is here yet: a broadcast brings all of it."""
@@ -58,8 +63,7 @@ class Nccl:
             claim(store, self._cards[0])
             slot = self._room(staging.manifest.size)
             rank, size = rounds.joined(self.kind, store, version)
-            identity = bytes.fromhex(store.get("identity").decode())
-            self._receive(slot, (identity, rank, size), staging)
+            self._receive(store, slot, rank, size, staging)
         except RuntimeError as error:
             told = str(error).partition("\n")[0]
             raise SourceError(
@@ -67,15 +71,19 @@ class Nccl:
             ) from error
         staging.put(Place(slot.guard.path))
 
-    def _receive(self, slot: Slot, place: tuple[bytes, int, int], staging: Staging) -> None:
+    def _receive(self, store: Store, slot: Slot, rank: int, size: int, staging: Staging) -> None:
         """The version from the group into the slot, verified there."""
         from weightsync.checksum import verify
-        from weightsync.communicator import Communicator
+        from weightsync.communicator import Group
 
+        if self._group is None:
+            self._group = Group()
+        store.set(_has(rank), self._group.identity.hex())
+        identity = bytes.fromhex(store.get("identity").decode())
         manifest = staging.manifest
         with slot.filling(manifest.label, self._timeout_s) as room:
-            with Communicator(*place, slot.ordinal, self._timeout_s) as group:
-                group.relay(room, staging.go_on)
+            with self._group.of(identity, rank, size, slot.ordinal, self._timeout_s) as communicator:
+                communicator.relay(room, staging.go_on)
             verify(manifest, room)
 
     def _room(self, size: int) -> Slot:
@@ -94,10 +102,11 @@ class Round(rounds.Round):
     """The learner's end: broadcasts what its slot holds, which stays there as long."""
 
     def __init__(
-        self, address: str, slot: Slot, manifest: Manifest, holder: Source, timeout_s: float
+        self, address: str, slot: Slot, manifest: Manifest, holder: Source, timeout_s: float, group: Group
     ) -> None:
-        """As `rounds.Round`; agents can come at once. Raises `SourceError` if the slot holds another."""
-        self._slot, self._held = slot, ExitStack()
+        """As `rounds.Round`; agents can come at once. `group`: that of the rounds before, none of which sends
+        any more, for the slot is this version's. Raises `SourceError` if the slot holds another."""
+        self._slot, self._group, self._held = slot, group, ExitStack()
         self._held.enter_context(lease(slot.guard.path, manifest.label))
         super().__init__("nccl", address, holder, timeout_s)
         self._store.set("card", slot.card)
@@ -105,16 +114,30 @@ class Round(rounds.Round):
 
     def send(self, store: Store, size: int) -> None:
         """Broadcasts part by part."""
-        from weightsync.communicator import Communicator
-
-        identity, seconds = Communicator.identity(), self.timeout.total_seconds()
+        identity = chosen(store, size, self._group)
         store.set("identity", identity.hex())
-        with Communicator(identity, 0, size, self._slot.ordinal, seconds) as group:
-            group.relay(self._slot.memory, lambda: None)
+        seconds = self.timeout.total_seconds()
+        with self._group.of(identity, 0, size, self._slot.ordinal, seconds) as communicator:
+            communicator.relay(self._slot.memory, lambda: None)
 
     def ended(self) -> None:
         """Another version may take the slot."""
         self._held.close()
+
+
+def chosen(store: Store, size: int, group: Group) -> bytes:
+    """The identity of a round's group: that of the one kept, if its members are those of the round."""
+    from weightsync.communicator import Communicator
+
+    held = {store.get(_has(rank)).decode() for rank in range(1, size)}
+    if group.size == size and held == {group.identity.hex()}:
+        return group.identity
+    return Communicator.identity()
+
+
+def _has(rank: int) -> str:
+    """Where a rank says which group it has."""
+    return f"has:{rank}"
 
 
 def claim(store: Store, card: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from msgspec.structs import replace
 from torch.distributed import HashStore, TCPStore
 
 from tests.unit.weightsync.versions import holding, version
+from weightsync import communicator
 from weightsync import on_gpu as module
 from weightsync.config import WeightSyncConfig
 from weightsync.cuda import Driver, visible_cards
@@ -23,7 +25,7 @@ from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports.choice import transports
 from weightsync.transports.cuda_ipc import CudaIpc, source_of
-from weightsync.transports.nccl import Nccl, claim
+from weightsync.transports.nccl import Nccl, chosen, claim
 
 without_gpu = pytest.mark.skipif(bool(visible_cards()), reason="there is a GPU")
 
@@ -190,6 +192,76 @@ def test_who_shares_the_learners_card_leaves_the_round_at_once_and_is_not_counte
     with pytest.raises(SourceError, match="NCCL takes one rank a GPU"):
         way.fetch(source, "4:x", staging)
     assert store.add("token/joined", 0) == 0
+
+
+class Ranks:
+    """In place of a communicator."""
+
+    made: ClassVar[list[Ranks]] = []
+
+    def __init__(self, identity: bytes, rank: int, size: int, ordinal: int, timeout_s: float) -> None:
+        if identity == b"bad":
+            raise SourceError("nobody came")
+        self.closed = False
+        self.made.append(self)
+
+    @staticmethod
+    def identity() -> bytes:
+        return b"new"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
+    monkeypatch.setattr(communicator, "Communicator", Ranks)
+    monkeypatch.setattr(Ranks, "made", [])
+    return Ranks.made
+
+
+def test_a_group_is_kept_until_it_fails_or_another_is_wanted(ranks: list[Ranks]) -> None:
+    group = communicator.Group()
+    for rank in (1, 2):
+        with group.of(b"one", rank, 3, 0, 1.0) as first:
+            assert first is ranks[0]
+    assert (len(ranks), group.identity, group.size) == (1, b"one", 3)
+    with group.of(b"two", 1, 2, 0, 1.0) as second:
+        assert ranks[0].closed
+        assert second is ranks[1]
+    with pytest.raises(SourceError, match="late"), group.of(b"two", 1, 2, 0, 1.0):
+        raise SourceError("late")
+    assert ranks[1].closed
+    assert (group.identity, group.size) == (b"", 0)
+    with group.of(b"two", 1, 2, 0, 1.0) as third:
+        assert third is ranks[2], "what failed is not taken again"
+    with pytest.raises(SourceError, match="nobody came"), group.of(b"bad", 1, 2, 0, 1.0):
+        pytest.fail("there is none")
+    assert (ranks[2].closed, group.identity) == (True, b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "held", "expected"),
+    [
+        (3, [b"one", b"one"], b"one"),
+        (3, [b"one", b""], b"new"),
+        (3, [b"one", b"two"], b"new"),
+        (2, [b"one"], b"new"),
+        (4, [b"one", b"one", b"one"], b"new"),
+    ],
+)
+def test_a_group_goes_on_with_all_of_its_members_and_nobody_else(
+    ranks: list[Ranks], size: int, held: list[bytes], expected: bytes
+) -> None:
+    store, group = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False), communicator.Group()
+    with group.of(b"one", 0, 3, 0, 1.0):
+        pass
+    for rank, identity in enumerate(held, 1):
+        store.set(f"has:{rank}", identity.hex())
+    assert chosen(store, size, group) == expected
+    if size == 2:  # a learner that has none, as a restarted one
+        store.set("has:1", "")
+        assert chosen(store, 2, communicator.Group()) == b"new"
 
 
 def test_a_learner_that_is_gone_is_a_source_that_is_gone() -> None:
