@@ -156,7 +156,7 @@ class Offers:
     def _round_of(self, manifest: Manifest, image: Image, holder: Source) -> Round | None:
         """The broadcast of a version, if it goes by one."""
         if self.config.transport == "gloo":
-            return gloo.Round(self._address, manifest, image, holder, self.config.timeout_s)
+            return gloo.Round(self._address, manifest, image, holder, self.config.timeout_s, self._live)
         if self.config.transport == "nccl" and self._on_gpu and self._on_gpu.holds(manifest.label):
             assert self._on_gpu.slot is not None
             return nccl.Round(
@@ -166,8 +166,13 @@ class Offers:
                 holder,
                 self.config.timeout_s,
                 self._on_gpu.group,
+                self._live,
             )
         return None
+
+    def _live(self) -> int:
+        """Actors that are told of versions."""
+        return sum(record.state != "starting" for record in self._actors.values())
 
     def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:
         if before is None or before.image is None or before.manifest.layout != manifest.layout:

@@ -27,6 +27,7 @@ from weightsync.holder import Held, Holder
 from weightsync.manifest import Manifest
 from weightsync.offer import Offers
 from weightsync.protocol import Offer, decode_request
+from weightsync.transports import round as rounds
 
 
 class Engine:
@@ -169,6 +170,22 @@ async def test_a_version_is_offered_staged_applied_and_said(
     size = sum(tensor.nbytes for tensor in tensors(0).values())
     await until(lambda: run.offers.held_bytes() == 2 * size)  # of the next version, too
     await until(lambda: one.holder.held_bytes() == (size if way == "shm" else 2 * size))
+
+
+async def test_a_round_with_all_live_actors_waits_for_nobody(
+    scene: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "GATHER_S", 60.0)
+    run = scene(transport="gloo")
+    members = [run.member(name) for name in ("a", "b")]
+    for member in members:
+        await member.join()
+        member.work()
+    await run.member("c").join("starting")
+    await until(lambda: len(run.offers._actors) == 3)
+    label = run.publish(0)
+    await until(lambda: all(member.engine.served == [label] for member in members))
+    assert [member.worker.figures()["transport"] for member in members] == ["gloo", "gloo"]
 
 
 async def test_only_what_changed_travels_where_that_is_offered(scene: Make) -> None:

@@ -11,6 +11,7 @@ their wait: what they have verified stays, and they pull the rest.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from threading import Thread
@@ -77,10 +78,16 @@ class Round(rounds.Round):
     """The learner's end: broadcasts the image."""
 
     def __init__(
-        self, address: str, manifest: Manifest, image: Image, holder: Source, timeout_s: float
+        self,
+        address: str,
+        manifest: Manifest,
+        image: Image,
+        holder: Source,
+        timeout_s: float,
+        live: Callable[[], int] | None = None,
     ) -> None:
         """As `rounds.Round`; agents can come at once."""
-        super().__init__("gloo", address, holder, timeout_s)
+        super().__init__("gloo", address, holder, timeout_s, live)
         self._address, self._manifest = address, manifest
         self._map = image.private() if image.size else None
         self.begin()

@@ -15,7 +15,7 @@ gets the version by `cuda_ipc`, or pulls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -102,13 +102,20 @@ class Round(rounds.Round):
     """The learner's end: broadcasts what its slot holds, which stays there as long."""
 
     def __init__(
-        self, address: str, slot: Slot, manifest: Manifest, holder: Source, timeout_s: float, group: Group
+        self,
+        address: str,
+        slot: Slot,
+        manifest: Manifest,
+        holder: Source,
+        timeout_s: float,
+        group: Group,
+        live: Callable[[], int] | None = None,
     ) -> None:
         """As `rounds.Round`; agents can come at once. `group`: that of the rounds before, none of which sends
         any more, for the slot is this version's. Raises `SourceError` if the slot holds another."""
         self._slot, self._group, self._held = slot, group, ExitStack()
         self._held.enter_context(lease(slot.guard.path, manifest.label))
-        super().__init__("nccl", address, holder, timeout_s)
+        super().__init__("nccl", address, holder, timeout_s, live)
         self._store.set("card", slot.card)
         self.begin()
 

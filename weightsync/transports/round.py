@@ -3,12 +3,13 @@
     learner                              agents
     a store of the version's own
                     <--- joined + 1 ---- each that wants the version, by its offer
+    when all have come, at most
     GATHER_S after the first:
                     ---- size ---------> rank < size: in the group; else too late, and it pulls
     send                                 receive
 
-The group is made anew for every version, so that it has the living and nobody else; no engine is in it. Every
-operation has a timeout. Who misses the round or is in it when somebody dies pulls instead.
+The group has those that came and nobody else; no engine is in it. Every operation has a timeout. Who misses
+the round, or is in it when somebody dies, pulls instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 GATHER_S = 0.5
 """How long a round waits for others once the first agent has come."""
+_COUNT_S = 0.005
+"""How often it counts them meanwhile."""
 _LOOK = timedelta(seconds=0.5)
 """How often a round that nobody comes to looks whether it is closed."""
 
@@ -40,13 +45,16 @@ class Round(ABC):
     manifest is pulled.
     """
 
-    def __init__(self, kind: str, address: str, holder: Source, timeout_s: float) -> None:
-        """Listens at a free port of `address`. `holder` is a `peer` source of the same version."""
+    def __init__(
+        self, kind: str, address: str, holder: Source, timeout_s: float, live: Callable[[], int] | None
+    ) -> None:
+        """Listens at a free port of `address`. `holder` is a `peer` source of the same version; `live` says
+        how many agents there are, if that is known: once all have come, nobody is waited for."""
         from torch.distributed import PrefixStore, TCPStore
 
         self.took: int | None = None
         """Agents that have taken it; None before the end."""
-        self.timeout = timedelta(seconds=timeout_s)
+        self.timeout, self._live = timedelta(seconds=timeout_s), live
         listener = socket.create_server((address, 0))
         port, token = listener.getsockname()[1], holder.token or secrets.token_hex(16)
         store = TCPStore(
@@ -107,8 +115,17 @@ class Round(ABC):
         while not self._closed.is_set():
             with suppress(DistStoreError):
                 self._store.wait(["joined"], _LOOK)
-                return 0 if self._closed.wait(GATHER_S) else self._store.add("joined", 0)
+                return self._count(time.monotonic() + GATHER_S)
         return 0
+
+    def _count(self, deadline: float) -> int:
+        while (joined := self._store.add("joined", 0)) != (self._live and self._live()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            if self._closed.wait(min(left, _COUNT_S)):
+                return 0
+        return joined
 
 
 def store_of(source: Source, timeout: timedelta) -> Store:

@@ -12,6 +12,7 @@ from tests.unit.weightsync.versions import holding, version
 from weightsync.errors import SourceError, Superseded
 from weightsync.staging import Staging
 from weightsync.transports import gloo
+from weightsync.transports import round as rounds
 from weightsync.transports.gloo import Gloo, Round
 from weightsync.transports.peer import Peer
 
@@ -57,6 +58,23 @@ def test_all_that_come_in_time_have_it_and_a_late_one_is_told() -> None:
             Gloo(TIMEOUT_S).manifest(one.source, manifest.label)
             == holder.answer(f"/{manifest.label}/manifest")[0]
         )  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("live", "gather_s"), [(2, 60.0), (3, 0.2)])
+def test_nobody_is_waited_for_once_all_have_come(
+    monkeypatch: pytest.MonkeyPatch, live: int, gather_s: float
+) -> None:
+    monkeypatch.setattr(rounds, "GATHER_S", gather_s)
+    image, manifest = version(4)
+    with holding(image, manifest) as (holder, _):
+        pull = holder.sources(manifest.label)[-1]
+        one = Round("127.0.0.1", manifest, image, pull, TIMEOUT_S, lambda: live)
+        agents = [Agent(one, Staging(manifest, None, go_on), manifest.label) for _ in range(2)]
+        for agent in agents:
+            agent.join()
+        assert [agent.problem for agent in agents] == ["", ""]
+        one.join(TIMEOUT_S)
+        assert one.took == 2
 
 
 def test_one_that_leaves_in_the_middle_costs_the_others_no_verified_chunk() -> None:
