@@ -1,4 +1,6 @@
-"""One of two ranks, each on a GPU of its own, that train models in a layout and write what came out.
+"""One of two ranks, each on a GPU of its own if there are two, that train models in a layout.
+
+What came out is written to the folder.
 
 `python -m tests.gpu.ranks RANK FOLDER LAYOUT`, once for each rank; models are in the folder.
 """

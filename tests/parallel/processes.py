@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300.0
 
@@ -15,9 +17,12 @@ PATIENCE_S = 300.0
 def run_two(module: str, folder: Path, *arguments: str) -> None:
     """Runs `python -m MODULE RANK FOLDER ARGUMENT...` for both, to their end; they write to FOLDER/log-RANK.
 
+    Two ranks that share a GPU are on two hosts for NCCL, which refuses them otherwise, and talk by sockets.
+
     One that fails leaves the other waiting for it: then both are ended, and the test fails.
     """
     logs = [folder / f"log-{rank}" for rank in range(2)]
+    apart = torch.cuda.device_count() < 2
     processes = []
     for rank, log in enumerate(logs):
         with log.open("wb") as file:
@@ -25,7 +30,7 @@ def run_two(module: str, folder: Path, *arguments: str) -> None:
                 [sys.executable, "-W", "ignore", "-m", module, str(rank), str(folder), *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **({"NCCL_HOSTID": str(rank)} if apart else {})},
                 cwd=ROOT,
             )
         processes.append(process)
