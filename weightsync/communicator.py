@@ -13,6 +13,7 @@ late is aborted, which frees the other ranks' GPUs as well as their own clocks d
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,10 +143,11 @@ class Group:
     """The communicator of the last broadcast, kept for the next one of the same members: making one may take
     longer than a version does on its way.
 
-    Lifecycle: any number of `of`, then `close`. One thread at a time.
+    Lifecycle: any number of `of`, by one thread at a time, then `close`.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.identity, self.size = b"", 0
         """Of what is kept; empty, 0: nothing is."""
         self._communicator: Communicator | None = None
@@ -156,18 +158,24 @@ class Group:
     ) -> Iterator[Communicator]:
         """The communicator of an identity, see `Communicator`: the one kept if it is that, in which this
         rank may have another number. After an error none is kept."""
-        try:
-            if identity != self.identity or self._communicator is None:
-                self.close()
-                self._communicator = Communicator(identity, rank, size, ordinal, timeout_s)
-                self.identity, self.size = identity, size
-            yield self._communicator
-        except BaseException:
-            self.close()
-            raise
+        with self._lock:
+            try:
+                if identity != self.identity or self._communicator is None:
+                    self._leave()
+                    self._communicator = Communicator(identity, rank, size, ordinal, timeout_s)
+                    self.identity, self.size = identity, size
+                yield self._communicator
+            except BaseException:
+                self._leave()
+                raise
 
     def close(self) -> None:
-        """Leaves what is kept."""
+        """Leaves what is kept; what another thread uses is left to that, and to the end of the process."""
+        if self._lock.acquire(blocking=False):
+            self._leave()
+            self._lock.release()
+
+    def _leave(self) -> None:
         if self._communicator is not None:
             self._communicator.close()
         self._communicator, self.identity, self.size = None, b"", 0

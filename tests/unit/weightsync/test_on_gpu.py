@@ -225,6 +225,8 @@ def test_a_group_is_kept_until_it_fails_or_another_is_wanted(ranks: list[Ranks])
     for rank in (1, 2):
         with group.of(b"one", rank, 3, 0, 1.0) as first:
             assert first is ranks[0]
+            group.close()
+            assert not ranks[0].closed, "it is in use"
     assert (len(ranks), group.identity, group.size) == (1, b"one", 3)
     with group.of(b"two", 1, 2, 0, 1.0) as second:
         assert ranks[0].closed
@@ -238,6 +240,10 @@ def test_a_group_is_kept_until_it_fails_or_another_is_wanted(ranks: list[Ranks])
     with pytest.raises(SourceError, match="nobody came"), group.of(b"bad", 1, 2, 0, 1.0):
         pytest.fail("there is none")
     assert (ranks[2].closed, group.identity) == (True, b"")
+    with group.of(b"four", 1, 2, 0, 1.0):
+        pass
+    group.close()
+    assert (ranks[3].closed, group.size) == (True, 0)
 
 
 @pytest.mark.parametrize(
