@@ -141,11 +141,9 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+    finally:
+        left = [task for task in tasks if task.cancel()]
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _sample(

@@ -16,7 +16,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -158,16 +158,14 @@ class Group:
     ) -> Iterator[Communicator]:
         """The communicator of an identity, see `Communicator`: the one kept if it is that, in which this
         rank may have another number. After an error none is kept."""
-        with self._lock:
-            try:
-                if identity != self.identity or self._communicator is None:
-                    self._leave()
-                    self._communicator = Communicator(identity, rank, size, ordinal, timeout_s)
-                    self.identity, self.size = identity, size
-                yield self._communicator
-            except BaseException:
+        with self._lock, ExitStack() as failed:
+            failed.callback(self._leave)
+            if identity != self.identity or self._communicator is None:
                 self._leave()
-                raise
+                self._communicator = Communicator(identity, rank, size, ordinal, timeout_s)
+                self.identity, self.size = identity, size
+            yield self._communicator
+            failed.pop_all()
 
     def close(self) -> None:
         """Leaves what is kept; what another thread uses is left to that, and to the end of the process."""

@@ -148,8 +148,9 @@ class Reserve:
         image = Image.allocate(size)
         try:
             for offset, part in chunk_ranges(size):
-                if not self._closed:
-                    os.posix_fallocate(image.descriptor, offset, part)
+                if self._closed:
+                    break
+                os.posix_fallocate(image.descriptor, offset, part)
         except OSError:
             image.close()  # the next image takes what there is by then
             return

@@ -171,8 +171,8 @@ class Offers:
         return None
 
     def _live(self) -> int:
-        """Actors that are told of versions."""
-        return sum(record.state != "starting" for record in self._actors.values())
+        """How many actors are told of versions."""
+        return len(self._up())
 
     def _delta(self, before: Held | None, manifest: Manifest, image: Image) -> list[bytes] | None:
         if before is None or before.image is None or before.manifest.layout != manifest.layout:
@@ -192,9 +192,9 @@ class Offers:
             held, sources = self._offered, self._sources
             if held is None:
                 return
-            for name, record in self._actors.items():
+            for name, record in self._up().items():
                 told = (record.epoch, held.manifest.label)
-                if record.state != "starting" and self._invited.get(name) != told:
+                if self._invited.get(name) != told:
                     self._mail(name, record.epoch, held, sources)
                     self._invited[name] = told
 
@@ -217,6 +217,10 @@ class Offers:
             pipe.ltrim(key, -_MAIL_KEPT, -1)
             pipe.expire(key, _MAIL_LIFE_S)
             pipe.execute()
+
+    def _up(self) -> dict[str, ActorRecord]:
+        """The actors whose engine is up: they are told of versions."""
+        return {name: record for name, record in self._actors.items() if record.state != "starting"}
 
     def _watch(self) -> None:
         """Looks who is there; newcomers are told, and those that stay behind are named."""
