@@ -21,6 +21,7 @@ from learner.config import ParallelConfig
 from learner.model.world import join_world
 from tests.gpu.cases import make
 from tests.parallel.layouts import OBJECTIVES, layout, reference_of
+from tests.parallel.processes import leave
 from tests.parallel.rank import keep, train
 
 
@@ -81,8 +82,7 @@ def main(rank: int, folder: Path, name: str) -> None:
     for trial in trials:
         figures, tensors = trial.run(folder, parallel)
         keep(folder / trial.id, rank, figures, tensors)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from learner.convert.held import whole_tensors
 from learner.model.world import join_world
 from learner.step import Trainer
 from tests.parallel.layouts import OBJECTIVES, reference_of, trials
+from tests.parallel.processes import leave
 from tests.unit.learner.groups import make_group, with_experts
 
 CLIP = 0.1
@@ -141,8 +142,7 @@ def main(rank: int, size: int, folder: Path) -> None:
             )
             keep(folder / trial.id, rank, figures, tensors)
         parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from learner.model.build import data_parallel
 from learner.model.cpu import CudaMeansCpu
 from learner.model.world import join_world
 from learner.step import Trainer
+from tests.parallel.processes import leave
 from tests.parallel.rank import share, six_groups
 
 LAYOUTS = {
@@ -111,8 +112,7 @@ def main(rank: int, folder: Path, dtype: str, names: list[str]) -> None:
         train(trainer)
         write(trainer, folder / f"{number}.safetensors")
         parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -28,18 +28,18 @@ from tests.unit.learner.test_step import batch_of
 N, H, V = 37, 8, 22
 
 RANK = """
-import gc, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
+from learner.model.cpu import stand_in_for_cuda
+from tests.parallel.processes import leave
+from tests.unit.learner import test_output
 torch.set_num_threads(1)
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-from learner.model.cpu import stand_in_for_cuda
-from tests.unit.learner import test_output
 stand_in_for_cuda()
 for sequence_parallel in (False, True):
     for dtype in (torch.float64, torch.float32):
         test_output.check_rank(rank, dtype, sequence_parallel)
-gc.collect()  # or cycles hold the group, whose thread may still be at its last work when Python ends
-dist.destroy_process_group()
+leave()
 """
 
 

@@ -22,20 +22,20 @@ BUDGETS = (64, 1)
 """Tokens in a micro-batch of each configuration; with 1 each sample has its own, and rank 1 too few."""
 
 RANK = """
-import gc, json, sys, warnings
+import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 from pathlib import Path
 from learner.model.build import build_model
 from learner.model.world import join_world
+from tests.parallel.processes import leave
 from tests.unit.learner.test_shares import BUDGETS, SPLIT, train
 rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 join_world(dist.FileStore(store, 2), rank, 2)
 share = slice(None, SPLIT) if rank == 0 else slice(SPLIT, None)
 print(json.dumps([train(folder, number, share) for number in range(len(BUDGETS))]))
-gc.collect()  # or cycles hold the group, whose thread may still be at its last work when Python ends
-dist.destroy_process_group()
+leave()
 """
 
 
