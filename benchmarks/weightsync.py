@@ -2,21 +2,21 @@
 
 `python -m benchmarks.weightsync --json`; sizes by `--mib`. The learner's side is a process of its own,
 as in a run, this one is the agent. Every figure is the median of several rounds. A way and its floor take
-turns, so that whatever else the machine does slows both. A floor brings the same bytes into new memory in
-the simplest loop, in one thread but for a sender's, without digests, chunks or requests, with its group
-already made. Our ways have the memory of their image in reserve, as in a run, where it is taken between
-versions; `refill_seconds` says how long that took.
+turns, so that whatever else the machine does slows both. Both have the memory of their image in reserve, as
+in a run, where it is taken between versions; `refill_seconds` says how long that took. A floor brings the
+same bytes into that memory in the simplest loop, in one thread but for a sender's, without digests, chunks
+or requests, with its group already made.
 
 | way | what is timed | its floor |
 |---|---|---|
-| export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them into new memory |
+| export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them |
 | shm | open, verify every chunk, by two threads | one pass of xxh3-128 over the image, newly mapped |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
 | disk | write, fsync, read, verify | write, fsync, read, with nothing else |
 | delta | pull what a step changed, apply, verify; making it is timed apart | as for peer: the whole version |
-| gloo | gather one agent, broadcast chunk by chunk, verify | gloo broadcast in one piece, into new memory |
-| bucket | flatten and broadcast over gloo: SGLang's own update by `flattened_bucket` | the same broadcast |
-| stock | one broadcast for each tensor: SGLang's own update without | the same broadcast |
+| gloo | meet, make a group, broadcast chunk by chunk, verify | gloo broadcast in one piece, then written |
+| bucket | flatten, broadcast into a new tensor: SGLang's own update by `flattened_bucket` | broadcast alone |
+| stock | a broadcast and a new tensor for each: SGLang's own update without | the same |
 
 Where there are GPUs, the ways of `benchmarks.weightsync_gpu` are measured as well.
 """
@@ -36,7 +36,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ from benchmarks.harness import parser, progress, report, table
 from weightsync.cuda import visible_cards
 from weightsync.holder import Holder
 from weightsync.image import Image, Reserve, write_image
-from weightsync.manifest import Manifest, TensorEntry
+from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 from weightsync.transports import gloo
@@ -83,6 +82,8 @@ class Held(msgspec.Struct):
     """Seconds to make the delta."""
     delta_bytes: int
     """Its bytes, all chunks together."""
+    raw_port: int
+    """Where it sends its bytes to whoever connects."""
 
 
 def weights(mib: int, seed: int) -> dict[str, torch.Tensor]:
@@ -103,7 +104,7 @@ def stepped(before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return after
 
 
-def hold(mib: int, rounds: int) -> None:
+def hold(mib: int, rounds: int, port: int) -> None:
     """The learner's process: makes versions 0 and 1 and holds them until its input ends."""
     holder, old = Holder("127.0.0.1"), weights(mib, 0)
     parent, before = write_image(Manifest.of(0, old), old)
@@ -121,10 +122,25 @@ def hold(mib: int, rounds: int) -> None:
     held = holder.keep(manifest, image, found)
     size = sum(map(len, held.delta))
     sources = [*holder.sources(before.label)[:1], *holder.sources(manifest.label)]
-    print(msgspec.json.encode(Held(manifest, sources, exporting, delta_s, size)).decode(), flush=True)
-    for _ in sys.stdin:  # each line asks for a broadcast
-        offered = gloo.Round("127.0.0.1", manifest, image, sources[-1], 60).source
-        print(msgspec.json.encode(offered).decode(), flush=True)
+    raw = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(raw, image), daemon=True).start()
+    port_of_raw = raw.getsockname()[1]
+    print(
+        msgspec.json.encode(Held(manifest, sources, exporting, delta_s, size, port_of_raw)).decode(),
+        flush=True,
+    )
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=60))
+    group, whole = _gloo(store, 0), flatten(new)
+    for line in sys.stdin:  # each asks for a broadcast
+        if line == "round\n":
+            offered = gloo.Round("127.0.0.1", manifest, image, sources[-1], 60).source
+            print(msgspec.json.encode(offered).decode(), flush=True)
+        elif line == "whole\n":
+            broadcast(group, [whole])
+        elif line == "bucket\n":
+            broadcast(group, [flatten(new)])
+        else:
+            broadcast(group, [tensor.reshape(-1).view(torch.uint8) for tensor in new.values()])
 
 
 def median_s(rounds: int, *ways: Callable[[], object]) -> list[float]:
@@ -162,43 +178,40 @@ def staged(transport: Transport, source: Source, manifest: Manifest, parent: Ima
 
 
 def memcpy(parts: Sequence[memoryview]) -> Image:
-    """The floor of everything that makes an image: its parts written into new memory."""
-    image, offset = Image.allocate(sum(map(len, parts))), 0
+    """The floor of everything that makes an image: its parts written into it."""
+    image, offset = RESERVE.allocate(sum(map(len, parts))), 0
     for part in parts:
         image.write(offset, part)
         offset += len(part)
     return image
 
 
-def socket_copy(image: Image) -> Image:
-    """The floor of a pull: an image through a loopback socket into new memory."""
-    target, room = Image.allocate(image.size), memoryview(bytearray(1 << 20))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=_send_image, args=(server, image))
-        thread.start()
-        with socket.create_connection(server.getsockname()) as client:
-            filled = 0
-            while filled < image.size:
-                count = client.recv_into(room)
-                target.write(filled, room[:count])
-                filled += count
-        thread.join()
+def socket_copy(port: int, size: int) -> Image:
+    """The floor of a pull: an image through a loopback socket from the learner's process."""
+    target, room, filled = RESERVE.allocate(size), memoryview(bytearray(1 << 20)), 0
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        while filled < size:
+            count = client.recv_into(room)
+            target.write(filled, room[:count])
+            filled += count
     return target
 
 
-def _send_image(server: socket.socket, image: Image) -> None:
-    peer, _ = server.accept()
-    with peer, os.fdopen(os.dup(image.descriptor), "rb", buffering=0) as file:
-        peer.sendfile(file)
+def serve(server: socket.socket, image: Image) -> None:
+    """The other side of it; a thread."""
+    while True:
+        peer, _ = server.accept()
+        with peer, os.fdopen(os.dup(image.descriptor), "rb", buffering=0) as file:
+            peer.sendfile(file)
 
 
 def disk_copy(data: memoryview, path: Path) -> Image:
-    """The floor of a folder: write, fsync, read into new memory."""
+    """The floor of a folder: write, fsync, read."""
     with path.open("wb", buffering=0) as file:
         for offset in range(0, len(data), 64 << 20):
             file.write(data[offset : offset + (64 << 20)])
         os.fsync(file.fileno())
-    target, room, filled = Image.allocate(len(data)), memoryview(bytearray(1 << 20)), 0
+    target, room, filled = RESERVE.allocate(len(data)), memoryview(bytearray(1 << 20)), 0
     with path.open("rb", buffering=0) as file:
         while count := os.readv(file.fileno(), [room]):
             target.write(filled, room[:count])
@@ -207,35 +220,10 @@ def disk_copy(data: memoryview, path: Path) -> Image:
     return target
 
 
-@contextmanager
-def receiving() -> Iterator[torch.distributed.ProcessGroupGloo]:
-    """A gloo group with a second process, which takes broadcasts of any of the sizes it is told."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
-    argv = [sys.executable, "-m", "benchmarks.weightsync", "--receive", str(store.port)]
-    receiver = subprocess.Popen(argv, cwd=ROOT)
-    group = _gloo(store, 0)
-    yield group
-    group.broadcast([torch.zeros(1, dtype=torch.int64)], _root()).wait()
-    assert receiver.wait(60) == 0
-
-
 def broadcast(group: torch.distributed.ProcessGroupGloo, tensors: Iterable[torch.Tensor]) -> None:
-    """Sends tensors one by one, each into new memory."""
+    """Brings tensors, uint8, from the learner's process into those of this one, one by one."""
     for tensor in tensors:
-        flat = tensor.reshape(-1).view(torch.uint8)
-        group.broadcast([torch.tensor([flat.numel()])], _root()).wait()
-        group.broadcast([flat], _root()).wait()
-
-
-def receive(port: int) -> None:
-    """The engine's process of a gloo push."""
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=60))
-    group, size = _gloo(store, 1), torch.zeros(1, dtype=torch.int64)
-    while True:
-        group.broadcast([size], _root()).wait()
-        if not size.item():
-            return
-        group.broadcast([torch.empty(size.item(), dtype=torch.uint8)], _root()).wait()
+        group.broadcast([tensor], _root()).wait()
 
 
 def _gloo(store: torch.distributed.TCPStore, rank: int) -> torch.distributed.ProcessGroupGloo:
@@ -252,21 +240,33 @@ def _root() -> torch.distributed.BroadcastOptions:
 
 def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of every way and its floor, for weights of `mib` MiB."""
-    argv = [sys.executable, "-m", "benchmarks.weightsync", "--hold", f"{mib},{rounds}"]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
+    argv = [sys.executable, "-m", "benchmarks.weightsync", "--hold", f"{mib},{rounds},{store.port}"]
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    held = msgspec.json.decode(process.stdout.readline(), type=Held)
+    asking, answers = process.stdin, process.stdout
+    assert asking is not None
+    assert answers is not None
+    held = msgspec.json.decode(answers.readline(), type=Held)
+
+    group = _gloo(store, 1)
+
+    def asked(line: bytes) -> None:
+        asking.write(line)
+        asking.flush()
 
     def through_gloo() -> Image:
         """A broadcast to one agent."""
-        process.stdin.write(b"round\n")
-        process.stdin.flush()
-        offered = msgspec.json.decode(process.stdout.readline(), type=Source)
+        asked(b"round\n")
+        offered = msgspec.json.decode(answers.readline(), type=Source)
         return staged(gloo.Gloo(60), offered, held.manifest, None)
 
+    def pushed(line: bytes, rooms: Iterable[torch.Tensor]) -> None:
+        """The same bytes by torch's broadcast."""
+        asked(line)
+        broadcast(group, rooms)
+
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-", dir=ROOT) as folder:
-        found = _measure(Path(folder), held, through_gloo, rounds)
+        found = _measure(Path(folder), held, through_gloo, pushed, rounds)
     process.communicate()
     if visible_cards():
         progress(f"{mib} MiB: GPUs")
@@ -277,7 +277,11 @@ def measure(mib: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _measure(
-    folder: Path, held: Held, through_gloo: Callable[[], Image], rounds: int
+    folder: Path,
+    held: Held,
+    through_gloo: Callable[[], Image],
+    pushed: Callable[[bytes, Iterable[torch.Tensor]], None],
+    rounds: int,
 ) -> dict[str, dict[str, float]]:
     manifest, (before, shm, changed, pull) = held.manifest, held.sources
     image = staged(Shm(), shm, manifest, None)
@@ -299,27 +303,38 @@ def _measure(
     found["export"] = dict(zip(("seconds", "floor"), held.export_s, strict=True))
     found["export"]["refill_seconds"] = refill_s(manifest.size, rounds)
     timed("shm", lambda: staged(Shm(), shm, manifest, None), lambda: xxhash.xxh3_128_digest(image.readable()))
-    timed("peer", lambda: staged(Peer(60), pull, manifest, None), lambda: socket_copy(image))
+    timed(
+        "peer",
+        lambda: staged(Peer(60), pull, manifest, None),
+        lambda: socket_copy(held.raw_port, manifest.size),
+    )
     timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"))
-    timed("delta", lambda: staged(Delta(60), changed, manifest, parent), lambda: socket_copy(image))
+    timed(
+        "delta",
+        lambda: staged(Delta(60), changed, manifest, parent),
+        lambda: socket_copy(held.raw_port, manifest.size),
+    )
     found["delta"] |= {
         "memcpy_seconds": median_s(rounds, lambda: memcpy([data]))[0],
         "make_seconds": held.delta_s,
         "bytes_to_full": held.delta_bytes / manifest.size,
     }
-    tensors = {entry.name: _tensor(data, entry) for entry in manifest.tensors}
-    with receiving() as group:
-        whole = flatten(tensors)
-        timed("gloo", through_gloo, lambda: broadcast(group, [whole]))
-        timed("bucket", lambda: broadcast(group, [flatten(tensors)]), lambda: broadcast(group, [whole]))
-        timed("stock", lambda: broadcast(group, tensors.values()), lambda: broadcast(group, [whole]))
+    room = torch.empty(manifest.size, dtype=torch.uint8)
+    sizes = [2 * math.prod(entry.shape) for entry in manifest.tensors]
+
+    def raw_gloo() -> Image:
+        pushed(b"whole\n", [room])
+        return memcpy([memoryview(room.numpy())])
+
+    def new(sizes: Iterable[int]) -> Iterator[torch.Tensor]:
+        return (torch.empty(size, dtype=torch.uint8) for size in sizes)
+
+    pushed(b"whole\n", [room])
+    timed("gloo", through_gloo, raw_gloo)
+    found["gloo"]["broadcast_seconds"] = median_s(rounds, lambda: pushed(b"whole\n", [room]))[0]
+    timed("bucket", lambda: pushed(b"bucket\n", new([manifest.size])), lambda: pushed(b"whole\n", [room]))
+    timed("stock", lambda: pushed(b"stock\n", new(sizes)), lambda: pushed(b"whole\n", [room]))
     return found
-
-
-def _tensor(data: memoryview, entry: TensorEntry) -> torch.Tensor:
-    """A copy of one tensor of the image, uint8 [bytes]."""
-    size = 2 * math.prod(entry.shape)
-    return torch.frombuffer(bytearray(data[entry.offset : entry.offset + size]), dtype=torch.uint8)
 
 
 def rows_of(sizes: dict[str, dict[str, dict[str, float]]]) -> list[list[object]]:
@@ -345,15 +360,11 @@ def main() -> None:
         help="sizes in MiB (default: 96,1024); 8 of the largest must fit into memory",
     )
     options.add_argument("--hold", help=argparse.SUPPRESS)
-    options.add_argument("--receive", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(1)
     broadcasts.GATHER_S = 0.0
     if chosen.hold:
         hold(*map(int, chosen.hold.split(",")))
-        return
-    if chosen.receive:
-        receive(int(chosen.receive))
         return
     sizes = [16] if chosen.quick else list(map(int, chosen.mib.split(",")))
     rounds = 1 if chosen.quick else 5

@@ -25,10 +25,12 @@ from weightsync.errors import SourceError
 from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
+PIECE_BYTES = 1 << 20
+"""What is digested and written at a time: about what a core's own cache holds."""
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -195,6 +197,13 @@ def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, i
     return [(offset, min(chunk_bytes, size - offset)) for offset in range(0, size, chunk_bytes)]
 
 
+def pieces(parts: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, at most `PIECE_BYTES` at a time."""
+    for part in parts:
+        for offset, size in chunk_ranges(len(part), PIECE_BYTES):
+            yield part[offset : offset + size]
+
+
 def write_image(
     named: Manifest,
     tensors: Mapping[str, torch.Tensor],
@@ -223,17 +232,14 @@ def write_image(
 
 
 def _write(image: Image, parts: Iterable[memoryview], chunk_bytes: int) -> list[str]:
-    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex.
-
-    What was just digested is still in the processor's cache when it is written.
-    """
+    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex."""
     found, state, left, offset = list[str](), xxhash.xxh3_128(), chunk_bytes, 0
-    for part in parts:
-        while part:
-            piece, part = part[:left], part[left:]
-            state.update(piece)
-            image.write(offset, piece)
-            offset, left = offset + len(piece), left - len(piece)
+    for piece in pieces(parts):
+        while piece:
+            now, piece = piece[:left], piece[left:]
+            state.update(now)
+            image.write(offset, now)
+            offset, left = offset + len(now), left - len(now)
             if not left:
                 found.append(state.hexdigest())
                 state, left = xxhash.xxh3_128(), chunk_bytes

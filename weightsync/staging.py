@@ -2,12 +2,11 @@
 
 staging = Staging(manifest, parent=None)
 for number in staging.missing():
-    read_into(staging.room(number))         # whatever the medium
-    staging.keep(number)                    # SourceError if it is not what the manifest says
+    staging.keep(number, parts)             # SourceError if they are not what the manifest says
 image = staging.finish()                    # sealed
 
-A chunk comes into one of two buffers. While the next one comes into the other, a thread writes it to the
-image, which for memory that is new is cheaper than to fill it through a mapping.
+What comes is digested and written piece by piece, while it is in a core's own cache. So a damaged chunk may
+lie in the image, but is among those still missing, and no image is sealed before it came anew.
 
 A version may also come to lie in GPU memory, where its owner has verified it and the engine will:
 
@@ -17,12 +16,14 @@ place = staging.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import xxhash
 
 from weightsync.errors import SourceError
 from weightsync.guard import Place
-from weightsync.image import Image
+from weightsync.image import Image, pieces
 from weightsync.manifest import Manifest, digest_of
 
 READERS = 2
@@ -32,7 +33,7 @@ READERS = 2
 class Staging:
     """The chunks of one version that are here so far; it may be filled from one source after another.
 
-    Lifecycle: `room` and `keep` for every missing chunk, or `adopt` or `put` once, then `finish`; or `close`.
+    Lifecycle: `keep` for every missing chunk, or `adopt` or `put` once, then `finish`; or `close`.
     """
 
     def __init__(
@@ -49,10 +50,6 @@ class Staging:
         self._kept: set[int] = set()
         self._image: Image | None = None
         self._place: Place | None = None
-        self._buffers: list[memoryview] = []
-        self._thread: ThreadPoolExecutor | None = None
-        self._writing: tuple[int, Future[None]] | None = None
-        """The chunk at which the thread is."""
 
     def go_on(self) -> None:
         """Raises `Superseded` when nobody wants the version any more."""
@@ -60,38 +57,26 @@ class Staging:
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are still to come, in order; a damaged one is among them."""
-        self._written()
         return [number for number in range(len(self.manifest.chunks)) if number not in self._kept]
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of the version is here yet."""
-        self._written()
         return not self._kept
 
-    def room(self, number: int) -> memoryview:
-        """Where the bytes of a chunk go. Raises `Superseded` when nobody wants them any more."""
+    def keep(self, number: int, parts: Iterable[memoryview]) -> None:
+        """Takes the bytes of a chunk, part after part. Raises `SourceError` if they are others than the
+        manifest says, or there is no memory for them, and `Superseded` when nobody wants them any more."""
         self._go_on()
-        if self._thread is None:
+        if self._image is None:
             self._image = self._allocate(self.manifest.size)
-            self._thread = ThreadPoolExecutor(1, "weights-write")
-        if not self._buffers:
-            size = max(chunk.size for chunk in self.manifest.chunks)
-            self._buffers = [memoryview(bytearray(size)) for _ in range(2)]
-        return self._buffers[0][: self.manifest.chunks[number].size]
-
-    def keep(self, number: int) -> None:
-        """The chunk is in its room. Raises `SourceError` if it is damaged, or there was no memory for one."""
-        room = self.room(number)
-        self._check(number, room)
-        assert self._thread is not None
-        error = self._written()
-        self._writing = (number, self._thread.submit(self._write, number, room))
-        self._buffers.reverse()
-        if error is None and len(self._kept) + 1 == len(self.manifest.chunks):
-            error = self._written()
-        if error is not None:
-            raise error
+        chunk, state, filled = self.manifest.chunks[number], xxhash.xxh3_128(), 0
+        for piece in pieces(parts):
+            state.update(piece)
+            self._write(number, filled, piece[: max(0, chunk.size - filled)])
+            filled += len(piece)
+        self._check(number, state.hexdigest())
+        self._kept.add(number)
 
     def adopt(self, image: Image) -> None:
         """Takes a sealed image that holds the whole version, in place of copying. Raises `SourceError`."""
@@ -101,7 +86,7 @@ class Staging:
         def verify(number: int) -> None:
             self._go_on()
             chunk = self.manifest.chunks[number]
-            self._check(number, view[chunk.offset : chunk.offset + chunk.size])
+            self._check(number, digest_of(view[chunk.offset : chunk.offset + chunk.size]))
 
         everything = range(len(self.manifest.chunks))
         with ThreadPoolExecutor(READERS, "weights-verify") as threads:
@@ -135,47 +120,25 @@ class Staging:
         self.close()
         return image
 
-    def abandon(self) -> None:
-        """Others than the last rooms from now on: whoever fills one of those may not have stopped."""
-        self._written()
-        self._buffers = []
-
     def close(self) -> None:
         """Forgets what was not finished."""
-        self._written()
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread, self._buffers = None, []
         if self._image is not None:
             self._image.close()
             self._image = None
         self._kept = set()
 
-    def _written(self) -> SourceError | None:
-        """Waits for the thread; why it could not write its chunk."""
-        if self._writing is None:
-            return None
-        (number, writing), self._writing = self._writing, None
-        error = writing.exception()
-        if error is None:
-            self._kept.add(number)
-        elif not isinstance(error, SourceError):
-            raise error
-        return error
-
-    def _write(self, number: int, room: memoryview) -> None:
-        """Writes a chunk to the image; in the thread."""
+    def _write(self, number: int, offset: int, piece: memoryview) -> None:
         assert self._image is not None
         try:
-            self._image.write(self.manifest.chunks[number].offset, room)
+            self._image.write(self.manifest.chunks[number].offset + offset, piece)
         except OSError as error:
             raise SourceError(
-                f"version {self.manifest.version}: no memory for chunk {number}, {len(room)} bytes: "
-                f"{error.strerror}; free some, or limit what else runs on this host"
+                f"version {self.manifest.version}: no memory for chunk {number}: {error.strerror}; free "
+                "some, or limit what else runs on this host"
             ) from error
 
-    def _check(self, number: int, data: memoryview) -> None:
-        wanted, got = self.manifest.chunks[number].digest, digest_of(data)
+    def _check(self, number: int, got: str) -> None:
+        wanted = self.manifest.chunks[number].digest
         if got != wanted:
             raise SourceError(
                 f"version {self.manifest.version}: chunk {number} of {len(self.manifest.chunks)}: got digest "

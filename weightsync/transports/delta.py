@@ -19,7 +19,7 @@ import numpy as np
 from buffer.errors import RecordError
 from buffer.frame import Bytes, pack, unpack
 from weightsync.errors import SourceError
-from weightsync.image import Image, populate
+from weightsync.image import Image
 from weightsync.manifest import Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -52,18 +52,16 @@ class Delta:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
         assert staging.parent is not None
-        held = staging.parent.readable()
-        old = memoryview(held)
+        rooms = memoryview(bytearray(max(chunk.size for chunk in staging.manifest.chunks)))
         with connected(source, self._timeout_s) as connection:
             numbers = staging.missing()
             paths = [f"/{version}/delta/{number}" for number in numbers]
             for number, changed in zip(numbers, answers(connection, source, paths), strict=True):
                 chunk = staging.manifest.chunks[number]
-                with staging.room(number) as room:
-                    populate(held, chunk.offset, chunk.size)
-                    room[:] = old[chunk.offset : chunk.offset + chunk.size]
-                    decode(changed, room)
-                staging.keep(number)
+                room = rooms[: chunk.size]
+                staging.parent.read(chunk.offset, room)
+                decode(changed, room)
+                staging.keep(number, [room])
 
 
 def encode(old: memoryview, new: memoryview, word: int) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from math import prod
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from weightsync.errors import SourceError
-from weightsync.image import Image, chunk_ranges, populate, write_all
+from weightsync.image import PIECE_BYTES, Image, chunk_ranges, populate, write_all
 from weightsync.manifest import Manifest, encode_manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
@@ -53,21 +54,21 @@ class Disk:
             with path.open("rb", buffering=0) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
                 for number in staging.missing():
-                    with staging.room(number) as room:
-                        file.seek(start + staging.manifest.chunks[number].offset)
-                        _fill(file.fileno(), room, path)
-                    staging.keep(number)
+                    file.seek(start + staging.manifest.chunks[number].offset)
+                    staging.keep(number, _parts(file, staging.manifest.chunks[number].size, path))
         except OSError as error:
             raise SourceError(f"disk: {path}: {error.strerror}") from error
 
 
-def _fill(descriptor: int, room: memoryview, path: Path) -> None:
-    filled = 0
-    while filled < len(room):
-        count = os.readv(descriptor, [room[filled:]])
+def _parts(file: FileIO, size: int, path: Path) -> Iterator[memoryview]:
+    """The next `size` bytes of a file, part after part in the same memory."""
+    room = memoryview(bytearray(PIECE_BYTES))
+    while size:
+        count = file.readinto(room[:size])
         if not count:
-            raise SourceError(f"disk: {path}: ends {len(room) - filled} bytes too early; it is damaged")
-        filled += count
+            raise SourceError(f"disk: {path}: ends {size} bytes too early; it is damaged")
+        yield room[:count]
+        size -= count
 
 
 def header_of(manifest: Manifest) -> bytes:

@@ -11,9 +11,11 @@ their wait: what they have verified stays, and they pull the rest.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
+from itertools import cycle, islice
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +55,18 @@ class Gloo:
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """Takes part in the round."""
-        import torch
-
         host, port = source.host.rsplit(":", 1)
         timeout = timedelta(seconds=self._timeout_s)
         try:
             store = rounds.store_of(source, timeout)
             rank, size = rounds.joined(self.kind, store, version)
             group = [_group(store, rank, size, _own_address(host, int(port)), timeout)]
-            for number in staging.missing():
-                room = torch.frombuffer(staging.room(number), dtype=torch.uint8)
-                _broadcast(group[0], room, timeout).wait(timeout)
-                staging.keep(number)
-            Thread(target=group.clear, name="weights-gloo").start()  # for a group takes some ms to end
+            try:
+                for number, room in _chunks(group, staging, timeout):
+                    staging.keep(number, [room])
+            finally:  # by a thread, for a group takes some ms to end
+                Thread(target=group.clear, name="weights-gloo").start()
         except RuntimeError as error:
-            staging.abandon()  # a broadcast that failed may still write to where it was told to
             told = str(error).partition("\n")[0]
             raise SourceError(
                 f"gloo: {source.host}: {told}; the learner, or another agent, is gone"
@@ -111,6 +110,27 @@ class Round(rounds.Round):
     def ended(self) -> None:
         """The image is left to its holder."""
         self._map = None
+
+
+def _chunks(
+    group: list[ProcessGroupGloo], staging: Staging, timeout: timedelta
+) -> Iterator[tuple[int, memoryview]]:
+    """The missing chunks, in order; while one is used, the next is on its way. `group` may be emptied."""
+    import torch
+
+    chunks, left = staging.manifest.chunks, iter(staging.missing())
+    size = max(chunk.size for chunk in chunks)
+    rooms = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(1 + _AHEAD)])
+    coming: deque[tuple[int, torch.Tensor, Work]] = deque()
+    while True:
+        for number in islice(left, 1 + _AHEAD - len(coming)):
+            room = next(rooms)[: chunks[number].size]
+            coming.append((number, room, _broadcast(group[0], room, timeout)))
+        if not coming:
+            return
+        number, room, work = coming.popleft()
+        work.wait(timeout)
+        yield number, memoryview(room.numpy())
 
 
 def _group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> ProcessGroupGloo:

@@ -14,6 +14,7 @@ from itertools import groupby
 from urllib.parse import urlsplit
 
 from weightsync.errors import SourceError
+from weightsync.image import PIECE_BYTES
 from weightsync.protocol import Source
 from weightsync.staging import Staging
 
@@ -45,9 +46,7 @@ class Peer:
                 path = f"/{version}/data"
                 response = _answer(connection, source, path, wanted, HTTPStatus.PARTIAL_CONTENT)
                 for number in run:
-                    with staging.room(number) as room:
-                        _read(response, source, room)
-                    staging.keep(number)
+                    staging.keep(number, _parts(response, source, staging.manifest.chunks[number].size))
                 response.read()
 
 
@@ -120,14 +119,16 @@ def _runs(numbers: list[int]) -> list[list[int]]:
     return [[number for _, number in row] for _, row in rows]
 
 
-def _read(response: http.client.HTTPResponse, source: Source, room: memoryview) -> None:
-    """Reads exactly what there is room for."""
-    filled = 0
-    while filled < len(room):
-        count = response.readinto(room[filled:])
+def _parts(response: http.client.HTTPResponse, source: Source, size: int) -> Iterator[memoryview]:
+    """The next `size` bytes of an answer, part after part in the same memory."""
+    room = memoryview(bytearray(PIECE_BYTES))
+    left = size
+    while left:
+        count = response.readinto(room[:left])
         if not count:
             raise SourceError(
-                f"peer: {source.address}: broke off after {filled} of {len(room)} bytes; "
+                f"peer: {source.address}: broke off after {size - left} of {size} bytes; "
                 "its holder is gone or slow"
             )
-        filled += count
+        yield room[:count]
+        left -= count

@@ -112,8 +112,7 @@ def test_what_is_missing_in_a_row_is_asked_for_at_once(monkeypatch: pytest.Monke
         with pytest.raises(SourceError):
             Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
         chunk = manifest.chunks[3]
-        staging.room(3)[:] = memoryview(image.readable())[chunk.offset : chunk.offset + chunk.size]
-        staging.keep(3)
+        staging.keep(3, [memoryview(image.readable())[chunk.offset : chunk.offset + chunk.size]])
         assert staging.missing() == [2, 4, 5, 6]
         monkeypatch.setattr(Holder, "send", noted)
         Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
@@ -273,10 +272,11 @@ def test_a_damaged_delta_is_refused_or_caught_by_the_chunks_digest(place: int) -
     delta[place] ^= 16
     staging = Staging(manifest, parent, never)
 
+    room = memoryview(bytearray(old))
+
     def bring() -> None:
-        staging.room(0)[:] = old
-        decode(bytes(delta), staging.room(0))
-        staging.keep(0)
+        decode(bytes(delta), room)
+        staging.keep(0, [room])
 
     with pytest.raises(SourceError):
         bring()
@@ -312,25 +312,18 @@ def test_an_option_that_the_transport_does_not_use_is_refused(chosen: str, optio
     WeightSyncConfig(**option)
 
 
-def test_a_chunk_is_written_while_the_next_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bytes are its own: what comes meanwhile does not touch them."""
+@pytest.mark.parametrize("cut", [0, 1, CHUNK - 1])
+def test_a_chunk_comes_in_parts_of_any_size_and_never_beyond_its_end(cut: int) -> None:
     image, manifest = version(4)
     data, staging = memoryview(image.readable()), Staging(manifest, None, never)
-    gates = [threading.Event() for _ in manifest.chunks]
-    left, write = iter(gates), Image.write
-
-    def late(self: Image, offset: int, room: memoryview) -> None:
-        assert next(left).wait(10)
-        write(self, offset, room)
-
-    monkeypatch.setattr(Image, "write", late)
-    gates[-1].set()
-    for number, chunk in enumerate(manifest.chunks):
-        staging.room(number)[:] = data[chunk.offset : chunk.offset + chunk.size]
-        staging.keep(number)
-        if number < 6:
-            staging.room(number + 1)[:] = bytes(manifest.chunks[number + 1].size)
-            gates[number].set()
+    for number in (1, 0, *range(2, 7)):
+        chunk = manifest.chunks[number]
+        bytes_ = data[chunk.offset : chunk.offset + chunk.size]
+        if number == 0:
+            with pytest.raises(SourceError, match="chunk 0 of 7"):
+                staging.keep(0, [bytes_, memoryview(b"more")])
+            assert staging.missing() == [0, *range(2, 7)]
+        staging.keep(number, [bytes_[:cut], bytes_[cut:]])
     assert bytes(staging.finish().readable()) == bytes(image.readable())
 
 
