@@ -12,7 +12,7 @@ or requests, with its group already made.
 | export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them |
 | shm | open, verify every chunk, by two threads | one pass of xxh3-128 over the image, newly mapped |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
-| disk | write, fsync, read, verify | write, fsync, read, with nothing else |
+| disk | write, fsync, read, verify; removing the file is not | write, fsync, read, with nothing else |
 | delta | pull what a step changed, apply, verify; making it is timed apart | as for peer: the whole version |
 | gloo | meet, make a group, broadcast chunk by chunk, verify | gloo broadcast in one piece, then written |
 | bucket | flatten, broadcast into a new tensor: SGLang's own update by `flattened_bucket` | broadcast alone |
@@ -24,7 +24,6 @@ Where there are GPUs, the ways of `benchmarks.weightsync_gpu` are measured as we
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import shutil
@@ -143,12 +142,15 @@ def hold(mib: int, rounds: int, port: int) -> None:
             broadcast(group, [tensor.reshape(-1).view(torch.uint8) for tensor in new.values()])
 
 
-def median_s(rounds: int, *ways: Callable[[], object]) -> list[float]:
+def median_s(
+    rounds: int, *ways: Callable[[], object], between: Callable[[], object] = lambda: None
+) -> list[float]:
     """The median time of each of `ways`, seconds; they take turns."""
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, spent in zip(ways, seconds, strict=True):
             RESERVE.refill()
+            between()
             began = time.perf_counter()
             kept = way()
             spent.append(time.perf_counter() - began)
@@ -216,7 +218,6 @@ def disk_copy(data: memoryview, path: Path) -> Image:
         while count := os.readv(file.fileno(), [room]):
             target.write(filled, room[:count])
             filled += count
-    path.unlink()
     return target
 
 
@@ -287,17 +288,24 @@ def _measure(
     image = staged(Shm(), shm, manifest, None)
     data = memoryview(image.readable())
     parent = Image.open(before.address.partition(" ")[0], manifest.size)
-    numbers, found = itertools.count(), dict[str, dict[str, float]]()
+    found = dict[str, dict[str, float]]()
 
     def through_disk() -> Image:
-        root = folder / str(next(numbers))
-        made = staged(Disk(), save(root, manifest, image, 1), manifest, None)
-        shutil.rmtree(root)
-        return made
+        return staged(Disk(), save(folder, manifest, image, 1), manifest, None)
 
-    def timed(way: str, once: Callable[[], object], floor: Callable[[], object]) -> None:
+    def removed() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        os.sync()
+
+    def timed(
+        way: str,
+        once: Callable[[], object],
+        floor: Callable[[], object],
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
         progress(f"{manifest.size >> 20} MiB: {way}")
-        seconds, least = median_s(rounds, once, floor)
+        seconds, least = median_s(rounds, once, floor, between=between)
         found[way] = {"seconds": seconds, "floor": least}
 
     found["export"] = dict(zip(("seconds", "floor"), held.export_s, strict=True))
@@ -308,7 +316,7 @@ def _measure(
         lambda: staged(Peer(60), pull, manifest, None),
         lambda: socket_copy(held.raw_port, manifest.size),
     )
-    timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"))
+    timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"), removed)
     timed(
         "delta",
         lambda: staged(Delta(60), changed, manifest, parent),
@@ -359,6 +367,7 @@ def main() -> None:
         default="96,1024",
         help="sizes in MiB (default: 96,1024); 8 of the largest must fit into memory",
     )
+    options.add_argument("--rounds", type=int, default=15, help="of each way and size (default: 15)")
     options.add_argument("--hold", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(1)
@@ -367,7 +376,7 @@ def main() -> None:
         hold(*map(int, chosen.hold.split(",")))
         return
     sizes = [16] if chosen.quick else list(map(int, chosen.mib.split(",")))
-    rounds = 1 if chosen.quick else 5
+    rounds = 1 if chosen.quick else chosen.rounds
     found: dict[str, Any] = {str(mib): measure(mib, rounds) for mib in sizes}
     headings = ["way", "MiB", "GB/s", "floor, GB/s", "of the floor"]
     report({"mib": found}, table(headings, rows_of(found)), chosen)

@@ -49,20 +49,19 @@ class Disk:
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """Reads every missing chunk where it lies."""
-        path = Path(source.address) / _WEIGHTS
+        path, room = Path(source.address) / _WEIGHTS, memoryview(bytearray(PIECE_BYTES))
         try:
             with path.open("rb", buffering=0) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
                 for number in staging.missing():
                     file.seek(start + staging.manifest.chunks[number].offset)
-                    staging.keep(number, _parts(file, staging.manifest.chunks[number].size, path))
+                    staging.keep(number, _parts(file, staging.manifest.chunks[number].size, room, path))
         except OSError as error:
             raise SourceError(f"disk: {path}: {error.strerror}") from error
 
 
-def _parts(file: FileIO, size: int, path: Path) -> Iterator[memoryview]:
-    """The next `size` bytes of a file, part after part in the same memory."""
-    room = memoryview(bytearray(PIECE_BYTES))
+def _parts(file: FileIO, size: int, room: memoryview, path: Path) -> Iterator[memoryview]:
+    """The next `size` bytes of a file, part after part in the same room."""
     while size:
         count = file.readinto(room[:size])
         if not count:

@@ -7,10 +7,13 @@ also from another holder.
 from __future__ import annotations
 
 import http.client
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from itertools import groupby
+from struct import pack
+from typing import Any
 from urllib.parse import urlsplit
 
 from weightsync.errors import SourceError
@@ -39,15 +42,28 @@ class Peer:
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The missing chunks as ranges of the holder's image."""
+        room = memoryview(bytearray(PIECE_BYTES))
         with connected(source, self._timeout_s) as connection:
+            connection.response_class = _Unbuffered
             for run in _runs(staging.missing()):
                 first, last = staging.manifest.chunks[run[0]], staging.manifest.chunks[run[-1]]
                 wanted = {"Range": f"bytes={first.offset}-{last.offset + last.size - 1}"}
                 path = f"/{version}/data"
                 response = _answer(connection, source, path, wanted, HTTPStatus.PARTIAL_CONTENT)
-                for number in run:
-                    staging.keep(number, _parts(response, source, staging.manifest.chunks[number].size))
+                with _in_bulk(connection, self._timeout_s):
+                    for number in run:
+                        size = staging.manifest.chunks[number].size
+                        staging.keep(number, _parts(connection, response, source, size, room))
                 response.read()
+
+
+class _Unbuffered(http.client.HTTPResponse):
+    """Reads no further than it is asked to: a buffer would wait for bytes that do not come."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp.close()
+        self.fp = sock.makefile("rb", buffering=0)  # type: ignore[assignment]
 
 
 @contextmanager
@@ -119,16 +135,35 @@ def _runs(numbers: list[int]) -> list[list[int]]:
     return [[number for _, number in row] for _, row in rows]
 
 
-def _parts(response: http.client.HTTPResponse, source: Source, size: int) -> Iterator[memoryview]:
-    """The next `size` bytes of an answer, part after part in the same memory."""
-    room = memoryview(bytearray(PIECE_BYTES))
+@contextmanager
+def _in_bulk(connection: http.client.HTTPConnection, timeout_s: float) -> Iterator[None]:
+    """Has the kernel wait, not Python, and wake who reads once all of a part is there."""
+    seconds, rest = divmod(timeout_s, 1)
+    bound = pack("ll", int(seconds), int(rest * 1e6))
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
+    connection.sock.settimeout(None)
+    yield
+    connection.sock.settimeout(timeout_s)
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def _parts(
+    connection: http.client.HTTPConnection,
+    response: http.client.HTTPResponse,
+    source: Source,
+    size: int,
+    room: memoryview,
+) -> Iterator[memoryview]:
+    """The next `size` bytes of an answer, part after part in the same room."""
     left = size
     while left:
-        count = response.readinto(room[:left])
-        if not count:
+        part = room[:left]
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(part))  # more would not come
+        count = response.readinto(part)
+        if not count:  # at the end, or after too long a wait
             raise SourceError(
                 f"peer: {source.address}: broke off after {size - left} of {size} bytes; "
                 "its holder is gone or slow"
             )
-        yield room[:count]
+        yield part[:count]
         left -= count

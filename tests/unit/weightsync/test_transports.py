@@ -6,9 +6,10 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -117,6 +118,24 @@ def test_what_is_missing_in_a_row_is_asked_for_at_once(monkeypatch: pytest.Monke
         monkeypatch.setattr(Holder, "send", noted)
         Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
     assert asked == [(2 * CHUNK, CHUNK), (4 * CHUNK, manifest.size - 4 * CHUNK)]
+
+
+def test_who_pulls_does_not_wait_for_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = version(4)
+    send = Holder.send
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.2)  # until it is waited for
+        send(*arguments)
+
+    monkeypatch.setattr(Holder, "send", late)
+    with holding(image, manifest) as (holder, _):
+        staging = Staging(manifest, None, never)
+        arguments = (holder.sources(manifest.label)[-1], manifest.label, staging)
+        thread = threading.Thread(target=Peer(60).fetch, args=arguments)
+        thread.start()
+        thread.join(30)
+        assert not staging.missing()
 
 
 def test_the_end_of_an_answer_does_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
