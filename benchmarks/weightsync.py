@@ -12,7 +12,7 @@ or requests, with its group already made.
 | export | tensors -> sealed image, its digests (the learner's thread) | memcpy of them |
 | shm | open, verify every chunk, by two threads | one pass of xxh3-128 over the image, newly mapped |
 | peer | pull over loopback TCP, verify | the same bytes over a loopback socket: sendfile, recv_into, write |
-| disk | write, fsync, read, verify; removing the file is not | write, fsync, read, with nothing else |
+| disk | write a new file, fsync, read, verify | write, fsync, read, with nothing else |
 | delta | pull what a step changed, apply, verify; making it is timed apart | as for peer: the whole version |
 | gloo | meet, make a group, broadcast chunk by chunk, verify | gloo broadcast in one piece, then written |
 | bucket | flatten, broadcast into a new tensor: SGLang's own update by `flattened_bucket` | broadcast alone |
@@ -24,9 +24,9 @@ Where there are GPUs, the ways of `benchmarks.weightsync_gpu` are measured as we
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -290,13 +290,10 @@ def _measure(
     parent = Image.open(before.address.partition(" ")[0], manifest.size)
     found = dict[str, dict[str, float]]()
 
-    def through_disk() -> Image:
-        return staged(Disk(), save(folder, manifest, image, 1), manifest, None)
+    files = (folder / str(number) for number in itertools.count())  # a block that was freed is a slow one
 
-    def removed() -> None:
-        shutil.rmtree(folder)
-        folder.mkdir()
-        os.sync()
+    def through_disk() -> Image:
+        return staged(Disk(), save(next(files), manifest, image, 1), manifest, None)
 
     def timed(
         way: str,
@@ -316,7 +313,7 @@ def _measure(
         lambda: staged(Peer(60), pull, manifest, None),
         lambda: socket_copy(held.raw_port, manifest.size),
     )
-    timed("disk", through_disk, lambda: disk_copy(data, folder / "floor"), removed)
+    timed("disk", through_disk, lambda: disk_copy(data, next(files)), os.sync)
     timed(
         "delta",
         lambda: staged(Delta(60), changed, manifest, parent),
