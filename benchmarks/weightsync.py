@@ -109,6 +109,7 @@ def hold(mib: int, rounds: int, port: int) -> None:
     parent, before = write_image(Manifest.of(0, old), old)
     holder.keep(before, parent)
     new = stepped(old)
+    del old
     named = msgspec.structs.replace(Manifest.of(1, new), parent=before.digest)
     image, manifest = write_image(named, new)
     began = time.perf_counter()
@@ -123,11 +124,8 @@ def hold(mib: int, rounds: int, port: int) -> None:
     sources = [*holder.sources(before.label)[:1], *holder.sources(manifest.label)]
     raw = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve, args=(raw, image), daemon=True).start()
-    port_of_raw = raw.getsockname()[1]
-    print(
-        msgspec.json.encode(Held(manifest, sources, exporting, delta_s, size, port_of_raw)).decode(),
-        flush=True,
-    )
+    told = Held(manifest, sources, exporting, delta_s, size, raw.getsockname()[1])
+    print(msgspec.json.encode(told).decode(), flush=True)
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=60))
     group, whole = _gloo(store, 0), flatten(new)
     for line in sys.stdin:  # each asks for a broadcast
@@ -222,7 +220,7 @@ def disk_copy(data: memoryview, path: Path) -> Image:
 
 
 def broadcast(group: torch.distributed.ProcessGroupGloo, tensors: Iterable[torch.Tensor]) -> None:
-    """Brings tensors, uint8, from the learner's process into those of this one, one by one."""
+    """The learner's tensors, uint8, come into those of the other process, one by one."""
     for tensor in tensors:
         group.broadcast([tensor], _root()).wait()
 

@@ -25,7 +25,7 @@ from weightsync.errors import SourceError
 from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -197,13 +197,6 @@ def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, i
     return [(offset, min(chunk_bytes, size - offset)) for offset in range(0, size, chunk_bytes)]
 
 
-def pieces(parts: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same bytes, at most `PIECE_BYTES` at a time."""
-    for part in parts:
-        for offset, size in chunk_ranges(len(part), PIECE_BYTES):
-            yield part[offset : offset + size]
-
-
 def write_image(
     named: Manifest,
     tensors: Mapping[str, torch.Tensor],
@@ -232,14 +225,18 @@ def write_image(
 
 
 def _write(image: Image, parts: Iterable[memoryview], chunk_bytes: int) -> list[str]:
-    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex."""
+    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex.
+
+    What was just digested is still in the processor's cache when it is written.
+    """
     found, state, left, offset = list[str](), xxhash.xxh3_128(), chunk_bytes, 0
-    for piece in pieces(parts):
-        while piece:
-            now, piece = piece[:left], piece[left:]
-            state.update(now)
-            image.write(offset, now)
-            offset, left = offset + len(now), left - len(now)
+    for part in parts:
+        while part:
+            size = min(left, PIECE_BYTES)
+            piece, part = part[:size], part[size:]
+            state.update(piece)
+            image.write(offset, piece)
+            offset, left = offset + len(piece), left - len(piece)
             if not left:
                 found.append(state.hexdigest())
                 state, left = xxhash.xxh3_128(), chunk_bytes

@@ -80,6 +80,11 @@ class Manifest(msgspec.Struct, frozen=True):
         """
         return f"{self.version}:{self.digest}"
 
+    @property
+    def longest(self) -> int:
+        """Bytes of the largest chunk."""
+        return max(chunk.size for chunk in self.chunks)
+
     @classmethod
     def of(cls, version: int, tensors: Mapping[str, torch.Tensor]) -> Manifest:
         """The manifest of exported tensors (contiguous, on the CPU), in their order, without chunks."""

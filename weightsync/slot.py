@@ -112,7 +112,7 @@ def fill(slot: Slot, manifest: Manifest, image: Image, timeout_s: float) -> Mani
 
 def _bring(room: torch.Tensor, manifest: Manifest, image: Image, first: int, step: int) -> None:
     """Every `step`-th chunk from the `first` on to the card and back. Raises `SourceError`."""
-    longest = max(chunk.size for chunk in manifest.chunks)
+    longest = manifest.longest
     with torch.cuda.stream(torch.cuda.Stream(room.device)):
         there, back = (torch.empty(longest, dtype=torch.uint8, pin_memory=True) for _ in range(2))
         sent, got = memoryview(there.numpy()), memoryview(back.numpy())

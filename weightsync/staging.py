@@ -16,14 +16,14 @@ place = staging.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
 from weightsync.errors import SourceError
 from weightsync.guard import Place
-from weightsync.image import Image, pieces
+from weightsync.image import PIECE_BYTES, Image, chunk_ranges
 from weightsync.manifest import Manifest, digest_of
 
 READERS = 2
@@ -71,9 +71,9 @@ class Staging:
         if self._image is None:
             self._image = self._allocate(self.manifest.size)
         chunk, state, filled = self.manifest.chunks[number], xxhash.xxh3_128(), 0
-        for piece in pieces(parts):
+        for piece in _pieces(parts):
             state.update(piece)
-            self._write(number, filled, piece[: max(0, chunk.size - filled)])
+            self._write(number, chunk.offset + filled, piece[: max(0, chunk.size - filled)])
             filled += len(piece)
         self._check(number, state.hexdigest())
         self._kept.add(number)
@@ -130,7 +130,7 @@ class Staging:
     def _write(self, number: int, offset: int, piece: memoryview) -> None:
         assert self._image is not None
         try:
-            self._image.write(self.manifest.chunks[number].offset + offset, piece)
+            self._image.write(offset, piece)
         except OSError as error:
             raise SourceError(
                 f"version {self.manifest.version}: no memory for chunk {number}: {error.strerror}; free "
@@ -144,3 +144,10 @@ class Staging:
                 f"version {self.manifest.version}: chunk {number} of {len(self.manifest.chunks)}: got digest "
                 f"{got}, expected {wanted}; the source is damaged"
             )
+
+
+def _pieces(parts: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, at most `PIECE_BYTES` at a time."""
+    for part in parts:
+        for offset, size in chunk_ranges(len(part), PIECE_BYTES):
+            yield part[offset : offset + size]

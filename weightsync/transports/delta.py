@@ -52,7 +52,7 @@ class Delta:
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
         assert staging.parent is not None
-        rooms = memoryview(bytearray(max(chunk.size for chunk in staging.manifest.chunks)))
+        rooms = memoryview(bytearray(staging.manifest.longest))
         with connected(source, self._timeout_s) as connection:
             numbers = staging.missing()
             paths = [f"/{version}/delta/{number}" for number in numbers]

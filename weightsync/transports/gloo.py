@@ -119,8 +119,8 @@ def _chunks(
     import torch
 
     chunks, left = staging.manifest.chunks, iter(staging.missing())
-    size = max(chunk.size for chunk in chunks)
-    rooms = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(1 + _AHEAD)])
+    longest = staging.manifest.longest
+    rooms = cycle([torch.empty(longest, dtype=torch.uint8) for _ in range(1 + _AHEAD)])
     coming: deque[tuple[int, torch.Tensor, Work]] = deque()
     while True:
         for number in islice(left, 1 + _AHEAD - len(coming)):

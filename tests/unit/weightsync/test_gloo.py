@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pytest
 
 from tests.unit.weightsync.versions import holding, version
@@ -84,16 +85,48 @@ def test_one_that_leaves_in_the_middle_costs_the_others_no_verified_chunk() -> N
         pull = holder.sources(manifest.label)[-1]
         one = Round("127.0.0.1", manifest, image, pull, 1.0)
         stays = Agent(one, Staging(manifest, None, go_on), manifest.label)
-        leaves = Agent(one, Staging(manifest, None, quits_after(6)), manifest.label)
+        leaves = Agent(one, Staging(manifest, None, quits_after(1)), manifest.label)
         began = time.monotonic()
         for agent in (stays, leaves):
             agent.join()
         assert time.monotonic() - began < 10 * TIMEOUT_S
         assert leaves.problem.startswith("Superseded")
         missing = stays.staging.missing()
+        assert 0 < len(missing) < len(manifest.chunks)
         Peer(TIMEOUT_S).fetch(pull, manifest.label, stays.staging)
         assert holder.served_bytes == sum(manifest.chunks[number].size for number in missing)
         assert bytes(stays.staging.finish().readable()) == bytes(image.readable())
+
+
+def test_where_a_broadcast_that_failed_may_still_write_nothing_comes_any_more() -> None:
+    image, manifest = version(4)
+    with holding(image, manifest) as (holder, _):
+        pull = holder.sources(manifest.label)[-1]
+        one, staging = Round("127.0.0.1", manifest, image, pull, 1.0), Staging(manifest, None, go_on)
+        given = list[memoryview]()
+
+        def noted(parts: Iterable[memoryview]) -> Iterator[memoryview]:
+            for part in parts:
+                given.append(part)
+                yield part
+
+        keep = staging.keep
+        staging.keep = lambda number, parts: keep(number, noted(parts))  # type: ignore[method-assign]
+        agents = [Agent(one, staging, manifest.label)]
+        agents.append(Agent(one, Staging(manifest, None, quits_after(1)), manifest.label))
+        for agent in agents:
+            agent.join()
+        assert agents[0].problem.startswith("SourceError")
+        late = list(given)
+        given.clear()
+        Peer(TIMEOUT_S).fetch(pull, manifest.label, staging)
+        assert given
+        assert not places(late) & places(given)
+
+
+def places(parts: Iterable[memoryview]) -> set[int]:
+    """Where in memory they begin."""
+    return {np.frombuffer(part, np.uint8).ctypes.data for part in parts}
 
 
 def test_what_comes_does_not_touch_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
