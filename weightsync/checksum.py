@@ -44,12 +44,15 @@ def sums(image: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
 
 def verify(manifest: Manifest, image: torch.Tensor) -> None:
     """Raises `SourceError` naming the first chunk of `image` that does not have the manifest's sum."""
-    for number, (chunk, got) in enumerate(zip(manifest.chunks, sums(image, manifest.chunks), strict=True)):
-        if chunk.sum is None or got != chunk.sum:
-            raise SourceError(
-                f"version {manifest.version}: chunk {number} of {len(manifest.chunks)}: got sum {got}, "
-                f"expected {chunk.sum}; the source is damaged"
-            )
+    found, wanted = sums(image, manifest.chunks), [chunk.sum for chunk in manifest.chunks]
+    if found != wanted:
+        number = next(
+            number for number, pair in enumerate(zip(found, wanted, strict=True)) if len(set(pair)) > 1
+        )
+        raise SourceError(
+            f"version {manifest.version}: chunk {number} of {len(found)}: got sum {found[number]}, "
+            f"expected {wanted[number]}; the source is damaged"
+        )
 
 
 def _row_sums(words: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,10 @@
 Memory that others open is plain memory of the driver's, not torch's: torch hands out parts of larger
 blocks, and its own way of sharing binds both sides to one release of it.
 
-    driver = Driver()
-    address = driver.allocate(0, 1 << 30)           # on the first card that this process sees
-    handle = driver.export(0, address)              # 64 bytes, for any other process of the host
-    there = driver.open(0, handle)                  # in that process
-    driver.close(0, there)
+    address = driver().allocate(0, 1 << 30)         # on the first card that this process sees
+    handle = driver().export(0, address)            # 64 bytes, for any other process of the host
+    there = driver().open(0, handle)                # in that process
+    driver().close(0, there)
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import ctypes
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import NoCuda, SourceError
@@ -33,7 +33,7 @@ class _Handle(ctypes.Structure):
 
 
 class Driver:
-    """The driver of this process's cards, which are numbered as torch numbers them.
+    """The driver of this process's cards, which are numbered as torch numbers them: `driver()`.
 
     Raises `NoCuda` where there is no driver or no card; whatever else fails is a `SourceError`.
     """
@@ -125,10 +125,16 @@ class Driver:
         return text.value.decode() if text.value else f"status {status}"
 
 
+@cache
+def driver() -> Driver:
+    """This process's. Raises `NoCuda`."""
+    return Driver()
+
+
 def visible_cards() -> list[str]:
     """`Driver.cards`; none where there is no CUDA."""
     try:
-        return Driver().cards()
+        return driver().cards()
     except NoCuda:
         return []
 

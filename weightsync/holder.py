@@ -150,7 +150,8 @@ class Holder:
 
     def send(self, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
         """Sends `count` bytes of an image to one who pulls."""
-        self.served_bytes += count
+        with self._lock:
+            self.served_bytes += count
         connection.sendfile(image, first, count)
 
     def close(self) -> None:

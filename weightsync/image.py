@@ -15,7 +15,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from bisect import bisect_left, bisect_right
 from contextlib import suppress
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,9 +25,10 @@ import xxhash
 
 from weightsync.errors import SourceError
 from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest
+from weightsync.threads import side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -217,27 +220,28 @@ def write_image(
         memoryview(tensors[entry.name].detach().reshape(-1).view(torch.uint8).numpy()) for entry in order
     ]
     image = allocate(placed.size)
-    digests = _write(image, parts, chunk_bytes)
-    image.seal()
+    starts = list(accumulate(map(len, parts), initial=0))
     ranges = chunk_ranges(placed.size, chunk_bytes)
+
+    def write(place: tuple[int, int]) -> str:
+        return _write(image, parts, starts, *place)
+
+    digests = side_by_side(write, ranges)
+    image.seal()
     chunks = [Chunk(*place, digest) for place, digest in zip(ranges, digests, strict=True)]
     return image, msgspec.structs.replace(placed, chunks=chunks)
 
 
-def _write(image: Image, parts: Iterable[memoryview], chunk_bytes: int) -> list[str]:
-    """Fills an image with the parts, end to end; xxh3-128 of every `chunk_bytes` of it, hex.
+def _write(image: Image, parts: Sequence[memoryview], starts: Sequence[int], offset: int, size: int) -> str:
+    """Fills a range of an image from the parts, which lie in it from `starts` on; its xxh3-128, hex.
 
     What was just digested is still in the processor's cache when it is written.
     """
-    found, state, left, offset = list[str](), xxhash.xxh3_128(), chunk_bytes, 0
-    for part in parts:
-        while part:
-            size = min(left, PIECE_BYTES)
-            piece, part = part[:size], part[size:]
+    state, end = xxhash.xxh3_128(), offset + size
+    for number in range(bisect_right(starts, offset) - 1, bisect_left(starts, end)):
+        part = parts[number][max(0, offset - starts[number]) : end - starts[number]]
+        for first, count in chunk_ranges(len(part), PIECE_BYTES):
+            piece = part[first : first + count]
             state.update(piece)
-            image.write(offset, piece)
-            offset, left = offset + len(piece), left - len(piece)
-            if not left:
-                found.append(state.hexdigest())
-                state, left = xxhash.xxh3_128(), chunk_bytes
-    return [*found, state.hexdigest()] if left < chunk_bytes else found
+            image.write(max(offset, starts[number]) + first, piece)
+    return state.hexdigest()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from weightsync.communicator import Group
-from weightsync.cuda import Driver
+from weightsync.cuda import driver
 from weightsync.errors import NoCuda, SourceError
 from weightsync.holder import Held
 from weightsync.image import Image
@@ -30,7 +30,7 @@ class OnGpu:
 
     def __init__(self, ordinal: int, log: Callable[[str], None]) -> None:
         """On a card that this process sees. Raises `NoCuda`."""
-        Driver()
+        driver()
         self.slot: Slot | None = None
         """What holds it; None before the first version, and where there is no memory for one."""
         self.group = Group()

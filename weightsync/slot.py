@@ -13,24 +13,20 @@ nobody has it open.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import msgspec
 import torch
 
 from weightsync.checksum import sums
-from weightsync.cuda import Driver, tensor_at
+from weightsync.cuda import Driver, driver, tensor_at
 from weightsync.errors import SourceError
 from weightsync.guard import Contents, Guard, lease
 from weightsync.image import Image
 from weightsync.manifest import Chunk, Manifest, digest_of
-
-_THREADS = 8
-"""That fill a slot at most; each has pinned memory for two chunks."""
+from weightsync.threads import THREADS, side_by_side
 
 
 class Slot:
@@ -38,7 +34,7 @@ class Slot:
 
     def __init__(self, ordinal: int, size: int) -> None:
         """`size` bytes on a card that this process sees. Raises `SourceError`, `NoCuda`."""
-        self._driver = Driver()
+        self._driver = driver()
         self.ordinal, self.size = ordinal, size
         self.card = self._driver.cards()[ordinal]
         """Identity of the card."""
@@ -93,15 +89,12 @@ def fill(slot: Slot, manifest: Manifest, image: Image, timeout_s: float) -> Mani
     Every chunk is read back, and what comes back must have the chunk's digest: a sum stands for verified
     bytes. Raises `SourceError`.
     """
-    threads = min(_THREADS, len(os.sched_getaffinity(0)))
     # Streams of its own: the default one is behind all that trains.
     with (
         slot.filling(manifest.label, timeout_s) as room,
         torch.cuda.stream(torch.cuda.Stream(slot.ordinal)),
     ):
-        with ThreadPoolExecutor(threads) as pool:
-            parts = range(threads)
-            list(pool.map(lambda part: _bring(room, manifest, image, part, threads), parts))
+        side_by_side(lambda first: _bring(room, manifest, image, first, THREADS), range(THREADS))
         found = sums(room, manifest.chunks)
     chunks = [
         Chunk(chunk.offset, chunk.size, chunk.digest, one)
@@ -111,7 +104,10 @@ def fill(slot: Slot, manifest: Manifest, image: Image, timeout_s: float) -> Mani
 
 
 def _bring(room: torch.Tensor, manifest: Manifest, image: Image, first: int, step: int) -> None:
-    """Every `step`-th chunk from the `first` on to the card and back. Raises `SourceError`."""
+    """Every `step`-th chunk from the `first` on to the card and back, by pinned memory for two chunks.
+
+    Raises `SourceError`.
+    """
     longest = manifest.longest
     with torch.cuda.stream(torch.cuda.Stream(room.device)):
         there, back = (torch.empty(longest, dtype=torch.uint8, pin_memory=True) for _ in range(2))
@@ -136,19 +132,19 @@ def opened(guard: str, manifest: Manifest) -> Iterator[torch.Tensor]:
 
     Raises `SourceError` where it cannot be had, and after the block if its owner has ended meanwhile.
     """
-    driver = Driver()
+    cards = driver().cards()
     with lease(guard, manifest.label) as held:
-        contents, cards = held.contents, driver.cards()
+        contents = held.contents
         if contents.card not in cards or contents.size != manifest.size:
             raise SourceError(
                 f"slot {guard}: {contents.size} bytes on GPU {contents.card}, expected {manifest.size} on "
                 f"one of {', '.join(cards)}, which this process sees; let the engine see the learner's, too"
             )
         ordinal = cards.index(contents.card)
-        address = driver.open(ordinal, contents.handle)
+        address = driver().open(ordinal, contents.handle)
         try:
             yield tensor_at(address, contents.size, ordinal)
             torch.cuda.synchronize(ordinal)
             held.check()
         finally:
-            driver.close(ordinal, address)
+            driver().close(ordinal, address)

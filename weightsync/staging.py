@@ -17,7 +17,7 @@ place = staging.finish()
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import xxhash
 
@@ -25,9 +25,7 @@ from weightsync.errors import SourceError
 from weightsync.guard import Place
 from weightsync.image import PIECE_BYTES, Image, chunk_ranges
 from weightsync.manifest import Manifest, digest_of
-
-READERS = 2
-"""Threads that verify an image which is there already."""
+from weightsync.threads import side_by_side
 
 
 class Staging:
@@ -46,7 +44,7 @@ class Staging:
         """`parent` is the image of `manifest.parent` if it is held; `go_on` raises when this is in vain;
         `allocate` may be that of a `Reserve`."""
         self.manifest, self.parent, self._allocate = manifest, parent, allocate
-        self._go_on = go_on
+        self._go_on, self._lock = go_on, Lock()
         self._kept: set[int] = set()
         self._image: Image | None = None
         self._place: Place | None = None
@@ -65,11 +63,15 @@ class Staging:
         return not self._kept
 
     def keep(self, number: int, parts: Iterable[memoryview]) -> None:
-        """Takes the bytes of a chunk, part after part. Raises `SourceError` if they are others than the
-        manifest says, or there is no memory for them, and `Superseded` when nobody wants them any more."""
+        """Takes the bytes of a chunk, part after part; other chunks may be taken beside it, by other threads.
+
+        Raises `SourceError` if they are others than the manifest says, or there is no memory for them, and
+        `Superseded` when nobody wants them any more.
+        """
         self._go_on()
-        if self._image is None:
-            self._image = self._allocate(self.manifest.size)
+        with self._lock:
+            if self._image is None:
+                self._image = self._allocate(self.manifest.size)
         chunk, state, filled = self.manifest.chunks[number], xxhash.xxh3_128(), 0
         for piece in _pieces(parts):
             state.update(piece)
@@ -89,13 +91,7 @@ class Staging:
             self._check(number, digest_of(view[chunk.offset : chunk.offset + chunk.size]))
 
         everything = range(len(self.manifest.chunks))
-        with ThreadPoolExecutor(READERS, "weights-verify") as threads:
-            checks = [threads.submit(verify, number) for number in everything]
-            try:
-                for check in checks:
-                    check.result()
-            finally:  # those that are left, if one failed
-                threads.shutdown(cancel_futures=True)
+        side_by_side(verify, everything)
         self._image, self._kept = image, set(everything)
 
     def put(self, place: Place) -> None:

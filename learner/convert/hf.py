@@ -108,7 +108,7 @@ def export_hf(model: GPTModel, shape: Shape) -> dict[str, torch.Tensor]:
     tensors = {}
     for rule, merged in whole_tensors(model, shape):
         kind = torch.float32 if rule.shift else merged.dtype
-        for part, tensor in zip(rule.parts, rule.split(merged.to("cpu", kind)), strict=True):
+        for part, tensor in zip(rule.parts, rule.split(merged.to(kind)), strict=True):
             tensors[part.name] = torch.empty(part.shape, dtype=kind).copy_(tensor)
     return tensors
 

@@ -83,5 +83,5 @@ class Rule:
         """The Hugging Face tensors, in the order of `parts`, from the Megatron-Core one; views or copies."""
         stacked = merged - self.shift if self.shift else merged
         if self.order is not None:
-            stacked = torch.empty_like(stacked).index_copy_(0, self.order, stacked)
+            stacked = torch.empty_like(stacked).index_copy_(0, self.order.to(stacked.device), stacked)
         return list(stacked.split([part.shape[0] for part in self.parts]))

@@ -57,7 +57,7 @@ def test_row_16_the_source_dies_at_a_chunk(holders: Holders, chunk: int, action:
     (source,) = [one for one in holders[chunk, action].sources if one.kind == "peer"]
     began = time.monotonic()
     with pytest.raises(SourceError, match="its holder is gone or slow"):
-        Peer(TIMEOUT_S).fetch(source, manifest.label, staging)
+        Peer(TIMEOUT_S, 1).fetch(source, manifest.label, staging)
     assert time.monotonic() - began < 5 * TIMEOUT_S, "a stopped holder holds nobody longer than the timeout"
     assert staging.missing() == list(range(chunk, CHUNKS))
     with pytest.raises(AssertionError):

@@ -13,6 +13,8 @@ any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from threading import Lock
 
 import numpy as np
 
@@ -20,9 +22,10 @@ from buffer.errors import RecordError
 from buffer.frame import Bytes, pack, unpack
 from weightsync.errors import SourceError
 from weightsync.image import Image
-from weightsync.manifest import Manifest
+from weightsync.manifest import Chunk, Manifest
 from weightsync.protocol import Source
 from weightsync.staging import Staging
+from weightsync.threads import HALF, THREADS, shares, side_by_side
 from weightsync.transports.peer import answers, ask, connected
 
 WORTH = 0.5
@@ -51,10 +54,13 @@ class Delta:
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The delta of every missing chunk."""
+        side_by_side(partial(self._pull, source, version, staging), shares(staging.missing(), THREADS))
+
+    def _pull(self, source: Source, version: str, staging: Staging, numbers: Sequence[int]) -> None:
+        """By one connection."""
         assert staging.parent is not None
         rooms = memoryview(bytearray(staging.manifest.longest))
         with connected(source, self._timeout_s) as connection:
-            numbers = staging.missing()
             paths = [f"/{version}/delta/{number}" for number in numbers]
             for number, changed in zip(numbers, answers(connection, source, paths), strict=True):
                 chunk = staging.manifest.chunks[number]
@@ -116,14 +122,20 @@ def deltas(manifest: Manifest, parent: Image, image: Image) -> list[bytes] | Non
         return None
     old, new = memoryview(parent.readable()), memoryview(image.readable())
     word = min((entry_word(entry.dtype) for entry in manifest.tensors), default=1)
-    found, total = list[bytes](), 0
-    for chunk in manifest.chunks:
+    left, lock = WORTH * image.size, Lock()
+
+    def changed(chunk: Chunk) -> bytes:
+        nonlocal left
+        if left < 0:
+            return b""
         place = slice(chunk.offset, chunk.offset + chunk.size)
-        found.append(encode(old[place], new[place], word))
-        total += len(found[-1])
-        if total > WORTH * image.size:
-            return None
-    return found
+        delta = encode(old[place], new[place], word)
+        with lock:
+            left -= len(delta)
+        return delta
+
+    found = side_by_side(changed, manifest.chunks, HALF)
+    return found if left >= 0 else None
 
 
 def entry_word(dtype: str) -> int:

@@ -1,15 +1,17 @@
 """Pulling ranges over TCP from the learner, or from any agent that holds the version.
 
-One request for all that is missing in a row; what was verified stays, so a pull goes on where it broke off,
-also from another holder.
+By several connections where there are cores for them: each has a part of what is missing, and one request for
+what is missing there in a row. What was verified stays, so a pull goes on where it broke off, also from
+another holder.
 """
 
 from __future__ import annotations
 
 import http.client
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from itertools import groupby
 from struct import pack
@@ -20,6 +22,7 @@ from weightsync.errors import SourceError
 from weightsync.image import PIECE_BYTES
 from weightsync.protocol import Source
 from weightsync.staging import Staging
+from weightsync.threads import HALF, shares, side_by_side
 
 
 class Peer:
@@ -27,9 +30,9 @@ class Peer:
 
     kind = "peer"
 
-    def __init__(self, timeout_s: float) -> None:
-        """`timeout_s` bounds the time without a byte from the holder."""
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, connections: int = HALF) -> None:
+        """`timeout_s` bounds the time without a byte from the holder; a pull has so many `connections`."""
+        self._timeout_s, self._connections = timeout_s, connections
 
     def reaches(self, source: Source, staging: Staging | None) -> bool:
         """Everywhere; a holder that cannot be reached is found out by asking it."""
@@ -42,10 +45,15 @@ class Peer:
 
     def fetch(self, source: Source, version: str, staging: Staging) -> None:
         """The missing chunks as ranges of the holder's image."""
+        rows = shares(staging.missing(), self._connections)
+        side_by_side(partial(self._pull, source, version, staging), rows, self._connections)
+
+    def _pull(self, source: Source, version: str, staging: Staging, numbers: Sequence[int]) -> None:
+        """By one connection."""
         room = memoryview(bytearray(PIECE_BYTES))
         with connected(source, self._timeout_s) as connection:
             connection.response_class = _Unbuffered
-            for run in _runs(staging.missing()):
+            for run in _runs(numbers):
                 first, last = staging.manifest.chunks[run[0]], staging.manifest.chunks[run[-1]]
                 wanted = {"Range": f"bytes={first.offset}-{last.offset + last.size - 1}"}
                 path = f"/{version}/data"
@@ -125,7 +133,7 @@ def _response(
     return response
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
     """Numbers in order, those in a row together.
 
     >>> _runs([0, 1, 2, 5, 7, 8])

@@ -14,7 +14,7 @@ from tests.unit.weightsync.versions import holding, version
 from weightsync import communicator
 from weightsync import on_gpu as module
 from weightsync.config import WeightSyncConfig
-from weightsync.cuda import Driver, visible_cards
+from weightsync.cuda import driver, visible_cards
 from weightsync.errors import NoCuda, SourceError
 from weightsync.guard import Contents, Guard, Place
 from weightsync.holder import Held, Holder
@@ -75,7 +75,7 @@ def test_where_there_is_none_they_are_refused_by_name(chosen: str) -> None:
 @without_gpu
 def test_without_a_driver_it_says_so() -> None:
     with pytest.raises(NoCuda, match="no CUDA"):
-        Driver()
+        driver()
     with pytest.raises(NoCuda, match=r"weightsync.gpu: got true, but the learner has no GPU: no CUDA"):
         open_on_gpu(print)
 
@@ -94,7 +94,7 @@ def test_readers_are_waited_for_once_and_then_the_version_comes_by_its_other_way
             raise error
         return summed(manifest)
 
-    monkeypatch.setattr(module, "Driver", object)
+    monkeypatch.setattr(module, "driver", object)
     monkeypatch.setattr(module, "Slot", lambda ordinal, size: SimpleNamespace(size=size))
     monkeypatch.setattr(module, "fill", fill)
     on_gpu = module.OnGpu(0, told.append)

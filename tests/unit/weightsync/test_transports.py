@@ -78,7 +78,7 @@ def test_a_damaged_chunk_is_named_and_the_others_stay(number: int, tmp_path: Pat
     image, manifest = version(4)
     bad = damaged(image, number * CHUNK + 7)
     with holding(bad, manifest) as (holder, _):
-        for kind, transport in (("peer", Peer(5)), ("disk", Disk()), ("shm", Shm())):
+        for kind, transport in (("peer", Peer(5, 1)), ("disk", Disk()), ("shm", Shm())):
             sources = {one.kind: one for one in holder.sources(manifest.label)}
             sources["disk"] = save(tmp_path / kind, manifest, bad, 2)
             staging = Staging(manifest, None, never)
@@ -93,8 +93,8 @@ def test_a_pull_goes_on_at_another_holder_where_it_broke_off() -> None:
     with holding(damaged(image, 5 * CHUNK), manifest) as (first, _), holding(image, manifest) as (second, _):
         staging = Staging(manifest, None, never)
         with pytest.raises(SourceError):
-            Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
-        Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
+            Peer(5, 1).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
+        Peer(5, 1).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
         assert bytes(staging.finish().readable()) == bytes(image.readable())
         missing = sum(chunk.size for chunk in manifest.chunks[5:])
         assert second.served_bytes == missing, "only what was missing is pulled"
@@ -111,13 +111,40 @@ def test_what_is_missing_in_a_row_is_asked_for_at_once(monkeypatch: pytest.Monke
     with holding(damaged(image, 2 * CHUNK), manifest) as (first, _), holding(image, manifest) as (second, _):
         staging = Staging(manifest, None, never)
         with pytest.raises(SourceError):
-            Peer(5).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
+            Peer(5, 1).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
         chunk = manifest.chunks[3]
         staging.keep(3, [memoryview(image.readable())[chunk.offset : chunk.offset + chunk.size]])
         assert staging.missing() == [2, 4, 5, 6]
         monkeypatch.setattr(Holder, "send", noted)
-        Peer(5).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
+        Peer(5, 1).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
     assert asked == [(2 * CHUNK, CHUNK), (4 * CHUNK, manifest.size - 4 * CHUNK)]
+
+
+def test_connections_have_a_part_each_and_what_one_brought_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = version(4)
+    asked, made, send = list[tuple[int, int]](), list[int](), Holder.send
+
+    def noted(holder: Holder, connection: socket.socket, image: BinaryIO, first: int, count: int) -> None:
+        asked.append((first, count))
+        send(holder, connection, image, first, count)
+
+    def slow(size: int) -> Image:
+        made.append(size)
+        time.sleep(0.1)  # until all have something to write
+        return Image.allocate(size)
+
+    monkeypatch.setattr(Holder, "send", noted)
+    with holding(damaged(image, CHUNK), manifest) as (first, _), holding(image, manifest) as (second, _):
+        staging = Staging(manifest, None, never, slow)
+        with pytest.raises(SourceError, match="chunk 1 of 7"):
+            Peer(5, 3).fetch(first.sources(manifest.label)[-1], manifest.label, staging)
+        rows = [(0, 3 * CHUNK), (3 * CHUNK, 3 * CHUNK), (6 * CHUNK, manifest.size - 6 * CHUNK)]
+        assert sorted(asked) == rows
+        assert staging.missing() == [1, 2]
+        Peer(5, 3).fetch(second.sources(manifest.label)[-1], manifest.label, staging)
+        assert bytes(staging.finish().readable()) == bytes(image.readable())
+    assert sorted(asked) == sorted([*rows, (CHUNK, CHUNK), (2 * CHUNK, CHUNK)])
+    assert made == [manifest.size], "one image for all of them"
 
 
 def test_who_pulls_does_not_wait_for_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,4 +383,4 @@ def test_a_host_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with holding(image, manifest) as (holder, _):
         monkeypatch.setattr(Image, "write", full)
         with pytest.raises(SourceError, match="no memory for chunk 0"):
-            Peer(5).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
+            Peer(5, 1).fetch(holder.sources(manifest.label)[-1], manifest.label, staging)
