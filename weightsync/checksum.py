@@ -46,9 +46,7 @@ def verify(manifest: Manifest, image: torch.Tensor) -> None:
     """Raises `SourceError` naming the first chunk of `image` that does not have the manifest's sum."""
     found, wanted = sums(image, manifest.chunks), [chunk.sum for chunk in manifest.chunks]
     if found != wanted:
-        number = next(
-            number for number, pair in enumerate(zip(found, wanted, strict=True)) if len(set(pair)) > 1
-        )
+        number = [got == one for got, one in zip(found, wanted, strict=True)].index(False)
         raise SourceError(
             f"version {manifest.version}: chunk {number} of {len(found)}: got sum {found[number]}, "
             f"expected {wanted[number]}; the source is damaged"

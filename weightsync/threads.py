@@ -1,4 +1,4 @@
-"""A version's chunks, shared among threads: digests, system calls and NumPy leave the interpreter to others.
+"""A version's chunks, shared among threads. Digests, reads and writes do not hold the interpreter meanwhile.
 
 side_by_side(verify, range(len(manifest.chunks)))
 side_by_side(pull, shares(staging.missing(), HALF), HALF)      # each has a connection of its own
@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-MOST = 8
-THREADS = min(MOST, len(os.sched_getaffinity(0)))
+THREADS = min(8, len(os.sched_getaffinity(0)))
 """For what somebody waits for."""
 HALF = max(1, THREADS // 2)
-"""For what has another process at work beside it: a training step, whoever sends."""
+"""For what has others at work beside it: the learner's next step, or the process that sends."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
