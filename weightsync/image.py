@@ -28,7 +28,7 @@ from weightsync.manifest import CHUNK_BYTES, Chunk, Manifest
 from weightsync.threads import side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -200,6 +200,13 @@ def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, i
     return [(offset, min(chunk_bytes, size - offset)) for offset in range(0, size, chunk_bytes)]
 
 
+def pieces(parts: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, at most `PIECE_BYTES` at a time."""
+    for part in parts:
+        for offset, size in chunk_ranges(len(part), PIECE_BYTES):
+            yield part[offset : offset + size]
+
+
 def write_image(
     named: Manifest,
     tensors: Mapping[str, torch.Tensor],
@@ -238,10 +245,10 @@ def _write(image: Image, parts: Sequence[memoryview], starts: Sequence[int], off
     What was just digested is still in the processor's cache when it is written.
     """
     state, end = xxhash.xxh3_128(), offset + size
-    for number in range(bisect_right(starts, offset) - 1, bisect_left(starts, end)):
-        part = parts[number][max(0, offset - starts[number]) : end - starts[number]]
-        for first, count in chunk_ranges(len(part), PIECE_BYTES):
-            piece = part[first : first + count]
-            state.update(piece)
-            image.write(max(offset, starts[number]) + first, piece)
+    numbers = range(bisect_right(starts, offset) - 1, bisect_left(starts, end))
+    within = [parts[number][max(0, offset - starts[number]) : end - starts[number]] for number in numbers]
+    for piece in pieces(within):
+        state.update(piece)
+        image.write(offset, piece)
+        offset += len(piece)
     return state.hexdigest()

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from weightsync.checksum import sums
-from weightsync.cuda import Driver, driver, tensor_at
+from weightsync.cuda import driver, tensor_at
 from weightsync.errors import SourceError
 from weightsync.guard import Contents, Guard, lease
 from weightsync.image import Image
@@ -34,20 +34,19 @@ class Slot:
 
     def __init__(self, ordinal: int, size: int) -> None:
         """`size` bytes on a card that this process sees. Raises `SourceError`, `NoCuda`."""
-        self._driver = driver()
         self.ordinal, self.size = ordinal, size
-        self.card = self._driver.cards()[ordinal]
+        self.card = driver().cards()[ordinal]
         """Identity of the card."""
-        free = self._driver.free_bytes(ordinal)
+        free = driver().free_bytes(ordinal)
         if free < size:
             raise SourceError(
                 f"GPU {ordinal}: a version takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
                 "give the engine or the learner less, or set another weightsync.transport"
             )
-        self._address = self._driver.allocate(ordinal, size)
-        self._handle = self._driver.export(ordinal, self._address)
+        self._address = driver().allocate(ordinal, size)
+        self._handle = driver().export(ordinal, self._address)
         self.guard = Guard()
-        self._end = weakref.finalize(self, _release, self._driver, ordinal, self._address, self.guard, 0.0)
+        self._end = weakref.finalize(self, _release, ordinal, self._address, self.guard, 0.0)
         self._end.atexit = False
 
     @property
@@ -71,13 +70,13 @@ class Slot:
         If somebody still reads after `timeout_s` it goes with the process instead.
         """
         if self._end.detach() is not None:
-            _release(self._driver, self.ordinal, self._address, self.guard, timeout_s)
+            _release(self.ordinal, self._address, self.guard, timeout_s)
 
 
-def _release(driver: Driver, ordinal: int, address: int, guard: Guard, timeout_s: float) -> None:
+def _release(ordinal: int, address: int, guard: Guard, timeout_s: float) -> None:
     try:
         with guard.writing(timeout_s):
-            driver.free(ordinal, address)
+            driver().free(ordinal, address)
     except SourceError:
         return
     guard.close()

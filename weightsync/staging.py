@@ -16,14 +16,14 @@ place = staging.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import Lock
 
 import xxhash
 
 from weightsync.errors import SourceError
 from weightsync.guard import Place
-from weightsync.image import PIECE_BYTES, Image, chunk_ranges
+from weightsync.image import Image, pieces
 from weightsync.manifest import Manifest, digest_of
 from weightsync.threads import side_by_side
 
@@ -73,7 +73,7 @@ class Staging:
             if self._image is None:
                 self._image = self._allocate(self.manifest.size)
         chunk, state, filled = self.manifest.chunks[number], xxhash.xxh3_128(), 0
-        for piece in _pieces(parts):
+        for piece in pieces(parts):
             state.update(piece)
             self._write(number, chunk.offset + filled, piece[: max(0, chunk.size - filled)])
             filled += len(piece)
@@ -140,10 +140,3 @@ class Staging:
                 f"version {self.manifest.version}: chunk {number} of {len(self.manifest.chunks)}: got digest "
                 f"{got}, expected {wanted}; the source is damaged"
             )
-
-
-def _pieces(parts: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same bytes, at most `PIECE_BYTES` at a time."""
-    for part in parts:
-        for offset, size in chunk_ranges(len(part), PIECE_BYTES):
-            yield part[offset : offset + size]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.shapes import exported
-from weightsync.cuda import visible_cards
+from weightsync.cuda import driver, visible_cards
 from weightsync.errors import SourceError
 from weightsync.guard import Contents, lease
 from weightsync.holder import Holder
@@ -167,7 +167,7 @@ def test_a_learner_that_is_killed_while_it_is_read_taints_who_reads() -> None:
 
 def test_a_slot_is_not_written_or_freed_while_it_is_open() -> None:
     slot = Slot(0, 1 << 20)
-    before = slot._driver.free_bytes(0)
+    before = driver().free_bytes(0)
     with slot.filling("7:aa", 1.0) as room:
         room.fill_(7)
         torch.cuda.synchronize()
@@ -176,7 +176,7 @@ def test_a_slot_is_not_written_or_freed_while_it_is_open() -> None:
         with pytest.raises(SourceError, match="still being read"), slot.filling("8:bb", 0.1):
             pytest.fail("it is being read")
     slot.close(1.0)
-    assert slot._driver.free_bytes(0) > before
+    assert driver().free_bytes(0) > before
 
 
 AGENT = """
